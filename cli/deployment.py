@@ -1,0 +1,142 @@
+"""A deployed stage, as the commands see it: everything is found from the outputs of its three stacks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import boto3
+from botocore.exceptions import BotoCoreError, ClientError
+from obstore.auth.boto3 import Boto3CredentialProvider
+
+from labelloop.artifacts import Bucket, Champions
+from labelloop.errors import NotSetUpError, ServiceError, SettingsError
+from labelloop.label_studio.client import LabelStudioClient
+from labelloop.ledger import Ledger
+from local.stack import Addresses, LaptopStack
+
+LAPTOP = Path(".labelloop/laptop")  # `labelloop up`
+DEMO = Path(".labelloop/demo")  # `labelloop demo`
+
+
+@dataclass(frozen=True)
+class BackendAccess:
+    """Where Label Studio reaches a model's backend and what it signs in with."""
+
+    url: str
+    user: str
+    password: str
+
+    @property
+    def authorization(self) -> str:
+        return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+
+
+class Deployment:
+    """One deployed stage. `laptop` holds the addresses of a laptop's stack; on AWS there are none."""
+
+    def __init__(self, stage: str, laptop: Addresses | None = None) -> None:
+        self.stage, self.laptop = stage, laptop
+
+    @classmethod
+    def find(cls, stage: str, home: Path | None = None) -> Deployment:
+        """The stage of this name; for `local` the stack that runs in `home`, or in either usual place."""
+        if stage != "local":
+            return cls(stage)
+        for place in [home] if home else [LAPTOP, DEMO]:
+            addresses = LaptopStack.running(place)
+            if addresses:
+                return cls.on_laptop(addresses)
+        raise SettingsError("no stack runs on this laptop; start one with: labelloop up (or name a stage: --stage dev)")
+
+    @classmethod
+    def on_laptop(cls, addresses: Addresses) -> Deployment:
+        """A laptop's stack. From here on this process talks to its emulator and to no AWS account."""
+        os.environ.pop("AWS_PROFILE", None)
+        os.environ.update(addresses.aws_environment())
+        return cls(addresses.stage, addresses)
+
+    @cached_property
+    def outputs(self) -> dict[str, str]:
+        """The outputs of the stage's stacks, by key. Raises `NotSetUpError` when it is not deployed."""
+        cloudformation = boto3.client("cloudformation")
+        found: dict[str, str] = {}
+        for part in ("state", "training", "serving"):
+            name = f"labelloop-{self.stage}-{part}"
+            try:
+                stack = cloudformation.describe_stacks(StackName=name)["Stacks"][0]
+            except ClientError as error:
+                if error.response["Error"]["Code"] == "ValidationError":
+                    raise NotSetUpError(f"the stack {name} does not exist; run: cdk deploy --all -c stage={self.stage}") from None
+                raise ServiceError(f"CloudFormation refused: {error}") from error
+            except BotoCoreError as error:
+                raise ServiceError(f"AWS does not answer: {error}") from error
+            found.update({output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])})
+        return found
+
+    def bucket(self, name: str) -> Bucket:
+        return Bucket(name, credential_provider=Boto3CredentialProvider())
+
+    @cached_property
+    def images(self) -> Bucket:
+        return self.bucket(self.outputs["ImagesBucket"])
+
+    @cached_property
+    def artifacts(self) -> Bucket:
+        return self.bucket(self.outputs["ArtifactsBucket"])
+
+    @cached_property
+    def champions(self) -> Champions:
+        return Champions(self.artifacts)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.outputs["LedgerTable"])
+
+    @property
+    def mlflow_tracking_uri(self) -> str:
+        return self.outputs["MlflowTrackingUri"]
+
+    @property
+    def label_studio_url(self) -> str:
+        return self.outputs["LabelStudioUrl"].rstrip("/")
+
+    @cached_property
+    def label_studio_token(self) -> str:
+        token = self._secret(self.outputs["LabelStudioSecret"]).get("token")
+        if not token:
+            raise NotSetUpError(f"the secret {self.outputs['LabelStudioSecret']} holds no Label Studio token yet")
+        return token
+
+    @cached_property
+    def label_studio(self) -> LabelStudioClient:
+        return LabelStudioClient(self.label_studio_url, self.label_studio_token)
+
+    def backend(self, model: str) -> BackendAccess:
+        """The backend of a model. On the laptop its address differs from the stack's output, which names AWS."""
+        api = self.laptop.api if self.laptop else self.outputs["ApiUrl"].rstrip("/")
+        secret = self._secret(f"labelloop/{self.stage}/backend/{model}")
+        return BackendAccess(url=f"{api}/{model}", user=secret["username"], password=secret["password"])
+
+    def _secret(self, name: str) -> dict[str, str]:
+        try:
+            value = boto3.client("secretsmanager").get_secret_value(SecretId=name)["SecretString"]
+            secret: dict[str, str] = json.loads(value)
+        except ClientError as error:
+            raise NotSetUpError(f"cannot read the secret {name}: {error.response['Error'].get('Message', error)}") from error
+        except ValueError as error:
+            raise NotSetUpError(f"the secret {name} holds no JSON") from error
+        return secret
+
+
+def addresses_to_show(addresses: Addresses) -> list[str]:
+    """Where a person looks, and how to sign in."""
+    return [
+        f"Label Studio    {addresses.label_studio}",
+        f"  sign in as    {addresses.label_studio_user}  password {addresses.label_studio_password}",
+        f"MLflow          {addresses.mlflow}",
+    ]

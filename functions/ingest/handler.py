@@ -1,0 +1,36 @@
+"""S3 `Object Created` events from the ingest queue become Label Studio tasks."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+from aws_lambda_powertools import Logger
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from labelloop.artifacts import Bucket
+from labelloop.ingest import Ingest
+from labelloop.label_studio.access import connect
+from labelloop.ledger import Ledger
+from labelloop.model_config import ModelConfigs
+from labelloop.settings import Settings
+
+logger = Logger()
+
+
+@cache
+def ingest() -> Ingest:
+    settings = Settings()
+    return Ingest(ModelConfigs.find(), Bucket(settings.images_bucket), Ledger(settings.ledger_table), connect(settings))
+
+
+@logger.inject_lambda_context
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    outcome = ingest()((record["messageId"], json.loads(record["body"])) for record in event["Records"])
+    logger.info("ingested", created=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
+    for key, reason in outcome.refused.items():
+        logger.warning("refused", key=key, reason=reason)
+    for message, reason in outcome.again.items():
+        logger.error("comes again", message_id=message, reason=reason)
+    return {"batchItemFailures": [{"itemIdentifier": message} for message in outcome.again]}

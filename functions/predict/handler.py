@@ -1,0 +1,69 @@
+"""The ML backend behind API Gateway: `POST /{model}/setup`, `POST /{model}/predict`, `GET /{model}/versions`."""
+
+from __future__ import annotations
+
+import base64
+from functools import cache, partial
+from typing import Any
+
+import msgspec
+from aws_lambda_powertools import Logger
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from labelloop.artifacts import Bucket, Champions
+from labelloop.errors import LabelloopError, UnknownModelError, http_status
+from labelloop.model_config import ModelConfigs
+from labelloop.predict import Predictor
+from labelloop.settings import Settings
+
+logger = Logger()
+
+
+def connect(settings: Settings) -> Any:
+    from labelloop.label_studio.access import connect  # boto3: only for images that Label Studio itself holds
+
+    return connect(settings)
+
+
+@cache
+def predictor() -> Predictor:
+    settings = Settings()
+    return Predictor(
+        ModelConfigs.find(),
+        Bucket(settings.images_bucket),
+        Champions(Bucket(settings.artifacts_bucket)),
+        partial(connect, settings),
+        label_studio_url=settings.label_studio_url,
+        log=logger.warning,
+    )
+
+
+@logger.inject_lambda_context(clear_state=True)
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    body = (event.get("body") or "").encode()
+    if event.get("isBase64Encoded"):
+        body = base64.b64decode(body)
+    model = event["pathParameters"]["model"]
+    logger.append_keys(model=model)
+    try:
+        match event["resource"].rpartition("/")[2]:
+            case "setup":
+                return _answer(200, predictor().setup(model, body))
+            case "predict":
+                response = predictor().predict(model, body)
+                logger.info("predicted", tasks=len(response.results), version=response.model_version)
+                return _answer(200, response)
+            case "versions":
+                return _answer(200, predictor().versions(model))
+            case route:
+                raise UnknownModelError(f"there is no route {route!r}")
+    except LabelloopError as error:
+        logger.warning("refused", reason=str(error), error=type(error).__name__)
+        return _answer(http_status(error), {"error": str(error)})
+    except Exception:
+        logger.exception("failed")
+        return _answer(500, {"error": "labelloop failed; its log knows why", "request_id": context.aws_request_id})
+
+
+def _answer(status: int, body: Any) -> dict[str, Any]:
+    return {"statusCode": status, "headers": {"Content-Type": "application/json"}, "body": msgspec.json.encode(body).decode()}

@@ -1,0 +1,62 @@
+"""Ended training jobs from the promote queue: the promotion gate decides about each one's version."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import boto3
+import msgspec
+from aws_lambda_powertools import Logger
+from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
+from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from labelloop.artifacts import Bucket
+from labelloop.errors import ServiceError
+from labelloop.ledger import Ledger
+from labelloop.promotion import Promoter
+from labelloop.records import PromoteSignal, Promotion
+from labelloop.registry import Registry
+from labelloop.settings import Settings
+
+logger = Logger()
+processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
+
+
+@cache
+def promoter() -> Promoter:
+    settings = Settings()
+    events = boto3.client("events")
+
+    def announce(promotion: Promotion) -> None:
+        answer = events.put_events(
+            Entries=[
+                {
+                    "EventBusName": settings.event_bus,
+                    "Source": "labelloop",
+                    "DetailType": "ModelPromoted" if promotion.verdict == "promote" else "ModelKept",
+                    "Detail": msgspec.json.encode(promotion).decode(),
+                }
+            ]
+        )
+        if answer["FailedEntryCount"]:
+            raise ServiceError(f"EventBridge refused the event: {answer['Entries'][0].get('ErrorMessage')}")
+
+    return Promoter(
+        Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), Registry(settings.mlflow_tracking_uri), announce
+    )
+
+
+def decide(record: SQSRecord) -> None:
+    signal = msgspec.json.decode(record.body, type=PromoteSignal)
+    promotion = promoter().decide(signal.model, signal.job_name)
+    if promotion is None:
+        logger.info("no model to decide about", model=signal.model, job_name=signal.job_name)
+    else:
+        logger.info(promotion.verdict, model=signal.model, version=promotion.version, reason=promotion.reason)
+
+
+@logger.inject_lambda_context
+def handler(event: dict[str, Any], context: LambdaContext) -> Any:
+    return process_partial_response(event, decide, processor, context)

@@ -1,0 +1,68 @@
+"""Webhooks, schedule and ended jobs from the retrain queue: one reconcile for each model they name."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from functools import cache
+from typing import Any
+
+import boto3
+import msgspec
+from aws_lambda_powertools import Logger
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from labelloop.artifacts import Bucket
+from labelloop.errors import LabelloopError
+from labelloop.label_studio.access import connect
+from labelloop.launcher import Launcher
+from labelloop.ledger import Ledger
+from labelloop.model_config import ModelConfigs
+from labelloop.records import TrainingSignal
+from labelloop.retrain import ASKED, Reconciler
+from labelloop.settings import Settings
+
+logger = Logger()
+
+
+@cache
+def reconciler() -> Reconciler:
+    settings = Settings()
+    sqs = boto3.client("sqs")
+
+    def recall_promotion(model: str, job_name: str) -> None:
+        sqs.send_message(QueueUrl=settings.promote_queue, MessageBody=json.dumps({"model": model, "job_name": job_name}))
+
+    return Reconciler(
+        settings.stage,
+        ModelConfigs.find(),
+        Bucket(settings.artifacts_bucket),
+        Ledger(settings.ledger_table),
+        connect(settings),
+        Launcher(settings),
+        recall_promotion,
+    )
+
+
+@logger.inject_lambda_context
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    messages: dict[str, list[tuple[str, str]]] = defaultdict(list)  # model → (message id, action)
+    failed: set[str] = set()
+    for record in event["Records"]:
+        try:
+            signal = msgspec.json.decode(record["body"], type=TrainingSignal)
+        except msgspec.DecodeError as error:
+            logger.error("no training signal", message_id=record["messageId"], reason=str(error))
+            failed.add(record["messageId"])
+            continue
+        for model in [signal.model] if signal.model else ModelConfigs.find().names:
+            messages[model].append((record["messageId"], signal.action))
+    for model, signals in messages.items():
+        try:
+            outcome = reconciler().reconcile(model, asked=any(action == ASKED for _, action in signals))
+        except LabelloopError as error:
+            logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
+            failed.update(message for message, _ in signals)
+        else:
+            logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
+    return {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}

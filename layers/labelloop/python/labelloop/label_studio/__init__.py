@@ -1,0 +1,1 @@
+"""Label Studio: its REST API, the payloads it sends and expects, and its label config."""

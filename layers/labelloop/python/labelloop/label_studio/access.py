@@ -1,0 +1,27 @@
+"""How a function gets its Label Studio client: the address from the environment, the token from Secrets Manager."""
+
+from __future__ import annotations
+
+import json
+
+from aws_lambda_powertools.utilities import parameters
+from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
+
+from labelloop.errors import LabelStudioError
+from labelloop.label_studio.client import LabelStudioClient
+from labelloop.settings import Settings
+
+_TOKEN_SECONDS = 300  # how long a rotated token may go unnoticed
+
+
+def connect(settings: Settings) -> LabelStudioClient:
+    """A client for the stage's Label Studio. Raises `LabelStudioError` when there is no token to use."""
+    name = settings.label_studio_secret
+    try:
+        secret = json.loads(parameters.get_secret(name, max_age=_TOKEN_SECONDS))
+        token = str(secret["token"])
+    except (GetParameterError, ValueError, KeyError, TypeError) as error:
+        raise LabelStudioError(f'the secret {name} does not hold {{"token": …}}: {type(error).__name__}') from error
+    if not token:
+        raise LabelStudioError(f"the secret {name} holds no token yet")
+    return LabelStudioClient(settings.label_studio_url, token)

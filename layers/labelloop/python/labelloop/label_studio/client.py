@@ -1,0 +1,172 @@
+"""Label Studio's REST API, as far as the functions need it.
+
+urllib3 comes with the Lambda runtime; the label-studio-sdk, which the tools use, imports for seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+import urllib3
+
+from labelloop.errors import LabelStudioError
+from labelloop.label_studio.payloads import AnnotatedTask
+
+_TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
+_EXPORT_TIMEOUT = urllib3.Timeout(connect=3, read=100)  # s; a synchronous export of 5,000 tasks takes 6 s
+# A POST is repeated only where the connection was never made: Label Studio's are not idempotent.
+_RETRIES = urllib3.Retry(
+    total=3,
+    connect=3,
+    read=2,
+    status=2,
+    backoff_factor=0.3,
+    backoff_jitter=0.3,
+    status_forcelist=(502, 503, 504),
+    raise_on_status=False,
+)
+_ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
+_ADDRESSES = 10  # a filter of that many stays below the 8 KB that web servers take as a URL
+
+
+class LabelStudioClient:
+    """One Label Studio. `token` is a legacy token or a personal access token. Methods raise `LabelStudioError`."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url.rstrip("/")
+        self._token = token
+        self._is_personal = token.count(".") == 2  # a JWT
+        self._access: tuple[str, float] | None = None
+        self._http = urllib3.PoolManager(timeout=_TIMEOUT, retries=_RETRIES, maxsize=8)
+
+    def count_annotated(self, project: int) -> int:
+        """Tasks with at least one annotation that was not skipped."""
+        answer = self._json("GET", f"/api/projects/{project}?include=id,num_tasks_with_annotations")
+        return int(answer["num_tasks_with_annotations"])
+
+    def counts(self, project: int) -> dict[str, int]:
+        """`tasks` and `annotated` of a project."""
+        answer = self._json("GET", f"/api/projects/{project}?include=id,task_number,num_tasks_with_annotations")
+        return {"tasks": int(answer["task_number"]), "annotated": int(answer["num_tasks_with_annotations"])}
+
+    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
+        """Every annotated task with its annotations, in one consistent answer."""
+        body = self._request("GET", f"/api/projects/{project}/export?exportType=JSON", timeout=_EXPORT_TIMEOUT)
+        try:
+            return msgspec.json.decode(body, type=list[AnnotatedTask])
+        except ValueError as error:  # no JSON, not UTF-8, or not of the type
+            raise LabelStudioError(f"Label Studio exported what is no list of tasks: {error}") from error
+
+    def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> set[str]:
+        """Which of the image addresses have a task already."""
+        found: set[str] = set()
+        for start in range(0, len(addresses), _ADDRESSES):
+            some = addresses[start : start + _ADDRESSES]
+            items = [{"filter": f"filter:tasks:data.{data_key}", "operator": "equal", "type": "String", "value": a} for a in some]
+            query = {"filters": {"conjunction": "or", "items": items}, "ordering": ["tasks:id"]}
+            parameters = {"project": project, "page_size": 1000, "include": "id,data", "query": json.dumps(query)}
+            answer = self._json("GET", f"/api/tasks?{urlencode(parameters)}")
+            found.update(str(task["data"].get(data_key)) for task in answer["tasks"])
+        return found
+
+    def images(self, project: int, data_key: str) -> dict[str, int]:
+        """Every task of a project: image address → task id. Paged by id, since page numbers drift while tasks come in."""
+        found: dict[str, int] = {}
+        last = 0
+        while True:
+            after = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last}
+            query = {"filters": {"conjunction": "and", "items": [after]}, "ordering": ["tasks:id"]}
+            parameters = {"project": project, "page_size": 500, "include": "id,data", "query": json.dumps(query)}
+            tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
+            if not tasks:
+                return found
+            found.update({str(task["data"].get(data_key)): int(task["id"]) for task in tasks})
+            last = int(tasks[-1]["id"])
+
+    def annotate(self, task: int, result: list[dict[str, Any]], *, seconds: float) -> int:
+        """Submit an annotation that took `seconds`; its id."""
+        answer = self._json("POST", f"/api/tasks/{task}/annotations", {"result": result, "lead_time": seconds})
+        return int(answer["id"])
+
+    def import_tasks(self, project: int, tasks: Iterable[dict[str, Any]]) -> list[int]:
+        """Create tasks; their ids, in order. All or none."""
+        answer = self._json("POST", f"/api/projects/{project}/import?return_task_ids=true", list(tasks))
+        return [int(task) for task in answer["task_ids"]]
+
+    def backends(self, project: int) -> list[dict[str, Any]]:
+        """The ML backends connected to a project. Label Studio checks each one's health meanwhile."""
+        answer = self._json("GET", f"/api/ml?project={project}")
+        return list(answer)
+
+    def rename_backend(self, backend: dict[str, Any], title: str) -> None:
+        """Give a backend a new title; `project.model_version`, which uncertainty sampling compares, moves along."""
+        change = {"project": backend["project"], "url": backend["url"], "title": title}
+        self._json("PATCH", f"/api/ml/{backend['id']}", change)
+
+    def download(self, path: str, *, limit: int) -> bytes:
+        """A file that Label Studio itself holds (`/data/…`), up to `limit` bytes."""
+        answer = self._send("GET", path, None, _TIMEOUT, preload=False)
+        try:
+            data: bytes = answer.read(limit + 1, decode_content=True)
+        except urllib3.exceptions.HTTPError as error:
+            raise LabelStudioError(f"Label Studio broke off {path}: {error}") from error
+        finally:
+            answer.release_conn()
+        if len(data) > limit:
+            raise LabelStudioError(f"{path} is larger than {limit} bytes")
+        return data
+
+    def _json(self, method: str, path: str, body: Any = None) -> Any:
+        content = self._request(method, path, body)
+        try:
+            return msgspec.json.decode(content)
+        except ValueError as error:
+            raise LabelStudioError(f"Label Studio answered {method} {path} with what is no JSON: {error}") from error
+
+    def _request(self, method: str, path: str, body: Any = None, timeout: urllib3.Timeout = _TIMEOUT) -> bytes:
+        answer = self._send(method, path, body, timeout)
+        return bytes(answer.data)
+
+    def _send(
+        self, method: str, path: str, body: Any, timeout: urllib3.Timeout, *, preload: bool = True
+    ) -> urllib3.BaseHTTPResponse:
+        try:
+            answer = self._http.request(
+                method,
+                self.url + path,
+                body=None if body is None else msgspec.json.encode(body),
+                headers={"Authorization": self._authorization(), "Content-Type": "application/json"},
+                timeout=timeout,
+                redirect=False,  # the token goes nowhere else
+                preload_content=preload,
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise LabelStudioError(f"Label Studio at {self.url} does not answer: {error}") from error
+        if answer.status >= 300:
+            text = answer.data[:300].decode(errors="replace")
+            raise LabelStudioError(f"Label Studio answered {method} {path} with {answer.status}: {text}", status=answer.status)
+        return answer
+
+    def _authorization(self) -> str:
+        if not self._is_personal:
+            return f"Token {self._token}"
+        if self._access is None or time.monotonic() > self._access[1]:
+            try:
+                answer = self._http.request(
+                    "POST", f"{self.url}/api/token/refresh/", json={"refresh": self._token}, redirect=False
+                )
+            except urllib3.exceptions.HTTPError as error:
+                raise LabelStudioError(f"Label Studio at {self.url} does not answer: {error}") from error
+            if answer.status != 200:
+                raise LabelStudioError(f"Label Studio refused the personal access token ({answer.status})", status=answer.status)
+            try:
+                access = str(answer.json()["access"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LabelStudioError(f"Label Studio at {self.url} gave no access token for the personal one") from error
+            self._access = (access, time.monotonic() + _ACCESS_TOKEN_SECONDS)
+        return f"Bearer {self._access[0]}"

@@ -1,0 +1,139 @@
+"""Start, watch and name SageMaker training jobs.
+
+A job's name follows from model, snapshot and attempt, and is unique for ever in an account: starting one twice is harmless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from labelloop import artifacts
+from labelloop.errors import TrainingServiceError
+from labelloop.model_config import ModelConfig
+from labelloop.records import Champion, Job
+from labelloop.settings import Settings
+
+_CONFIG = Config(connect_timeout=3, read_timeout=20, retries={"mode": "standard", "max_attempts": 3})
+
+# What the container runs: its own copy of the code, and what the image lacks of the requirements.
+# SageMaker takes one line of at most 256 characters.
+COMMAND = "; ".join(
+    (
+        "set -eu",
+        "mkdir -p /opt/ml/code",
+        "python -m zipfile -e /opt/ml/input/data/code/*.zip /opt/ml/code",
+        "cd /opt/ml/code",
+        "export LABELLOOP_MODEL_CONFIGS=/opt/ml/code/model_configs PYTHONPATH=/opt/ml/code",
+        "exec bash training_jobs/start.sh",
+    )
+)
+
+_JOB_NAME = 63  # characters, SageMaker's limit
+
+JobStatus = Literal["InProgress", "Completed", "Failed", "Stopping", "Stopped", "Deleting"]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What SageMaker says of a job."""
+
+    status: JobStatus
+    failure: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("Completed", "Failed", "Stopped")
+
+
+def job_name(stage: str, model: str, digest: str, attempt: int) -> str:
+    """At most 63 characters, letters, digits and hyphens: a long model name is cut, the digest still tells models apart."""
+    before, after = f"labelloop-{stage}-", f"-{digest[:12]}-{attempt}"
+    return before + model.replace("_", "-")[: _JOB_NAME - len(before) - len(after)] + after
+
+
+class Launcher:
+    """SageMaker as the loop needs it. Methods raise `TrainingServiceError`."""
+
+    def __init__(self, settings: Settings, client: Any = None) -> None:
+        self._settings = settings
+        self._client = client or boto3.client("sagemaker", config=_CONFIG)
+
+    def start(self, config: ModelConfig, job: Job, champion: Champion | None) -> None:
+        """Start a job; that it was started already is fine."""
+        try:
+            self._client.create_training_job(**training_request(self._settings, config, job, champion))
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ResourceInUse":
+                raise TrainingServiceError(f"SageMaker refused {job.job_name}: {error}") from error
+        except BotoCoreError as error:
+            raise TrainingServiceError(f"SageMaker does not answer: {error}") from error
+
+    def state(self, name: str) -> JobState | None:
+        """The state of a job; None when it was never started."""
+        try:
+            answer = self._client.describe_training_job(TrainingJobName=name)
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            # SageMaker has no code of its own for "not found"; the request is otherwise valid.
+            if code in ("ValidationException", "ResourceNotFound"):
+                return None
+            raise TrainingServiceError(f"SageMaker refused to describe {name}: {error}") from error
+        except BotoCoreError as error:
+            raise TrainingServiceError(f"SageMaker does not answer: {error}") from error
+        return JobState(status=answer["TrainingJobStatus"], failure=answer.get("FailureReason"))
+
+
+def training_request(settings: Settings, config: ModelConfig, job: Job, champion: Champion | None) -> dict[str, Any]:
+    """The CreateTrainingJob request; docs/architecture.md has the contract of the job."""
+    bucket, training = settings.artifacts_bucket, config.training
+    seconds = training.max_runtime_minutes * 60
+    channels = [
+        _channel("code", settings.training_code),
+        _channel("manifest", job.snapshot.manifest),
+        _channel("images", f"s3://{settings.images_bucket}/{config.images_prefix}", mode="FastFile"),
+    ]
+    if champion is not None:
+        channels.append(_channel("champion", f"s3://{bucket}/{champion.onnx}"))
+    return {
+        "TrainingJobName": job.job_name,
+        "RoleArn": settings.training_role,
+        "AlgorithmSpecification": {
+            "TrainingImage": settings.training_image,
+            "TrainingInputMode": "File",
+            "ContainerEntrypoint": ["bash", "-c"],
+            "ContainerArguments": [COMMAND],
+        },
+        "HyperParameters": {
+            "model": config.name,
+            "digest": job.digest,
+            "n_annotations": str(job.n_annotations),
+            "job_name": job.job_name,
+            "champion_version": str(champion.version) if champion else "",
+        },
+        "Environment": {"MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri, "LABELLOOP_STAGE": settings.stage},
+        "InputDataConfig": channels,
+        "OutputDataConfig": {"S3OutputPath": f"s3://{bucket}/{artifacts.training_prefix(config.name)}"},
+        "CheckpointConfig": {"S3Uri": f"s3://{bucket}/{artifacts.checkpoints_prefix(config.name, job.job_name)}"},
+        "ResourceConfig": {
+            "InstanceType": training.instance_type,
+            "InstanceCount": 1,
+            "VolumeSizeInGB": training.volume_gb,
+        },
+        "StoppingCondition": {
+            "MaxRuntimeInSeconds": seconds,
+            **({"MaxWaitTimeInSeconds": 2 * seconds} if training.spot else {}),
+        },
+        "EnableManagedSpotTraining": training.spot,
+        "ProfilerConfig": {"DisableProfiler": True},
+        "Tags": [{"Key": "labelloop:model", "Value": config.name}, {"Key": "labelloop:digest", "Value": job.digest}],
+    }
+
+
+def _channel(name: str, uri: str, mode: str = "File") -> dict[str, Any]:
+    source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "InputMode": mode, "DataSource": {"S3DataSource": source}}

@@ -1,0 +1,209 @@
+"""The ledger: what was trained, what is running, which images are tasks. One DynamoDB table, conditional writes only.
+
+Writing a head demands the sequence number that was read, so two reconciles at once cannot both start a training.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import boto3
+import msgspec
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from labelloop.errors import ConflictError, NotSetUpError, StorageError
+from labelloop.records import Head, Job, Promotion, Training
+
+_CONFIG = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "max_attempts": 4})
+_LEASE_SECONDS = 90  # longer than ingest may run
+_BATCH = 25  # DynamoDB's limit of a BatchWriteItem
+
+ImageClaim = Literal["new", "retry", "done", "busy"]
+
+
+class Ledger:
+    """The ledger table. Methods raise `StorageError` when DynamoDB does not do its part."""
+
+    def __init__(self, table: str, client: Any = None) -> None:
+        self._table = table
+        self._client = client or boto3.client("dynamodb", config=_CONFIG)
+
+    # Label Studio's project
+
+    def project(self, model: str) -> int:
+        """The model's Label Studio project. Raises `NotSetUpError`."""
+        item = self._get(model, "project")
+        if item is None:
+            raise NotSetUpError(f"{model} has no Label Studio project yet; run: labelloop setup-label-studio-project {model}")
+        return int(item["project"]["N"])
+
+    def set_project(self, model: str, project: int) -> None:
+        self._call("put_item", Item={**_key(model, "project"), "project": {"N": str(project)}})
+
+    # Trainings
+
+    def head(self, model: str) -> Head:
+        item = self._get(model, "head")
+        return Head(model=model) if item is None else msgspec.json.decode(item["body"]["S"], type=Head)
+
+    def claim(self, head: Head, job: Job) -> Head:
+        """Record that `job` is the model's running training. Raises `ConflictError` when the head has changed meanwhile."""
+        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job)
+        self._advance(head, claimed, Training(job=job, status="running"))
+        return claimed
+
+    def finish(self, head: Head, after: Head, training: Training) -> Head:
+        """Record how the running training ended. Raises `ConflictError` when the head has changed meanwhile."""
+        after = msgspec.structs.replace(after, sequence=head.sequence + 1, running=None)
+        self._advance(head, after, training)
+        return after
+
+    def trainings(self, model: str) -> list[Training]:
+        """All trainings, the earliest first."""
+        found = [msgspec.json.decode(item["body"]["S"], type=Training) for item in self._query(model, "training#")]
+        return sorted(found, key=lambda training: training.job.started_at)
+
+    def training(self, model: str, job_name: str) -> Training | None:
+        item = self._get(model, f"training#{job_name}")
+        return None if item is None else msgspec.json.decode(item["body"]["S"], type=Training)
+
+    def record_promotion(self, promotion: Promotion) -> None:
+        body = msgspec.json.encode(promotion).decode()
+        self._call("put_item", Item={**_key(promotion.model, f"promotion#{promotion.job_name}"), "body": {"S": body}})
+
+    def promotions(self, model: str) -> dict[str, Promotion]:
+        """Decisions by job name."""
+        found = [msgspec.json.decode(item["body"]["S"], type=Promotion) for item in self._query(model, "promotion#")]
+        return {promotion.job_name: promotion for promotion in found}
+
+    def promotion(self, model: str, job_name: str) -> Promotion | None:
+        item = self._get(model, f"promotion#{job_name}")
+        return None if item is None else msgspec.json.decode(item["body"]["S"], type=Promotion)
+
+    # Images
+
+    def claim_image(self, model: str, project: int, sha256: str, image: str) -> ImageClaim:
+        """Claim the right to make a task of an image.
+
+        `new`: it is yours. `retry`: it is yours, but somebody died with it, perhaps after making the task. `done`: it has
+        a task. `busy`: somebody is at it now.
+        """
+        moment = time.time()
+        try:
+            before = self._client.update_item(
+                TableName=self._table,
+                Key=_key(model, _image_record(project, sha256)),
+                UpdateExpression="SET #state = :claimed, claimed_at = :now, image = :image",
+                ConditionExpression="attribute_not_exists(#state) OR (#state = :claimed AND claimed_at < :expired)",
+                ExpressionAttributeNames={"#state": "state"},
+                ExpressionAttributeValues={
+                    ":claimed": {"S": "claimed"},
+                    ":now": {"N": f"{moment:.3f}"},
+                    ":expired": {"N": f"{moment - _LEASE_SECONDS:.3f}"},
+                    ":image": {"S": image},
+                },
+                ReturnValues="ALL_OLD",
+            )
+            return "retry" if before.get("Attributes") else "new"
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
+                raise StorageError(f"the ledger refused a claim: {error}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"the ledger does not answer: {error}") from error
+        item = self._get(model, _image_record(project, sha256))
+        return "done" if item and item["state"]["S"] == "done" else "busy"
+
+    def images_done(self, model: str, project: int, images: dict[str, str]) -> None:
+        """Note that images (SHA-256 → address) have their tasks."""
+        puts = [
+            {
+                "PutRequest": {
+                    "Item": {**_key(model, _image_record(project, sha256)), "state": {"S": "done"}, "image": {"S": image}}
+                }
+            }
+            for sha256, image in images.items()
+        ]
+        for start in range(0, len(puts), _BATCH):
+            waiting = {self._table: puts[start : start + _BATCH]}
+            for attempt in range(6):
+                waiting = self._call("batch_write_item", RequestItems=waiting).get("UnprocessedItems") or {}
+                if not waiting:
+                    break
+                time.sleep(0.05 * 2**attempt)
+            else:
+                raise StorageError("the ledger is throttled; the images will be noted with the next try")
+
+    def _advance(self, before: Head, after: Head, training: Training) -> None:
+        head_item = {
+            **_key(before.model, "head"),
+            "sequence": {"N": str(after.sequence)},
+            "body": {"S": msgspec.json.encode(after).decode()},
+        }
+        unchanged: dict[str, Any] = (
+            {"ConditionExpression": "attribute_not_exists(#record)", "ExpressionAttributeNames": {"#record": "record"}}
+            if before.sequence == 0
+            else {
+                "ConditionExpression": "#sequence = :sequence",
+                "ExpressionAttributeNames": {"#sequence": "sequence"},
+                "ExpressionAttributeValues": {":sequence": {"N": str(before.sequence)}},
+            }
+        )
+        training_item = {
+            **_key(before.model, f"training#{training.job.job_name}"),
+            "body": {"S": msgspec.json.encode(training).decode()},
+        }
+        is_new = {"ConditionExpression": "attribute_not_exists(#record)", "ExpressionAttributeNames": {"#record": "record"}}
+        puts: Any = [
+            {"Put": {"TableName": self._table, "Item": head_item, **unchanged}},
+            {"Put": {"TableName": self._table, "Item": training_item, **(is_new if training.status == "running" else {})}},
+        ]
+        try:
+            self._client.transact_write_items(TransactItems=puts)
+        except ClientError as error:
+            reasons = {reason.get("Code") for reason in error.response.get("CancellationReasons", [])}
+            if reasons & {"ConditionalCheckFailed", "TransactionConflict"}:
+                raise ConflictError(f"the ledger of {before.model} has changed meanwhile") from error
+            raise StorageError(f"the ledger refused a change: {error}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"the ledger does not answer: {error}") from error
+
+    def _get(self, model: str, record: str) -> dict[str, Any] | None:
+        item: dict[str, Any] | None = self._call("get_item", Key=_key(model, record), ConsistentRead=True).get("Item")
+        return item
+
+    def _query(self, model: str, prefix: str) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = []
+        start: dict[str, Any] = {}
+        while True:
+            answer = self._call(
+                "query",
+                KeyConditionExpression="#model = :model AND begins_with(#record, :prefix)",
+                ExpressionAttributeNames={"#model": "model", "#record": "record"},
+                ExpressionAttributeValues={":model": {"S": model}, ":prefix": {"S": prefix}},
+                ConsistentRead=True,
+                **start,
+            )
+            items += answer["Items"]
+            if "LastEvaluatedKey" not in answer:
+                return items
+            start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
+
+    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        table = {} if operation == "batch_write_item" else {"TableName": self._table}
+        try:
+            answer: dict[str, Any] = getattr(self._client, operation)(**table, **arguments)
+            return answer
+        except ClientError as error:
+            raise StorageError(f"the ledger refused {operation}: {error}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"the ledger does not answer: {error}") from error
+
+
+def _key(model: str, record: str) -> dict[str, Any]:
+    return {"model": {"S": model}, "record": {"S": record}}
+
+
+def _image_record(project: int, sha256: str) -> str:
+    return f"image#{project}#{sha256}"

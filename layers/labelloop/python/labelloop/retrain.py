@@ -1,0 +1,131 @@
+"""Reconcile: compare what is annotated with what was trained, and act.
+
+Level-triggered: a webhook, a schedule and the end of a job only say when to look. Each step can be lost or done twice and
+heals with the next look: the snapshot is content-addressed, the ledger's claim is conditional, the job's name is unique.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+
+from labelloop import artifacts, dataset
+from labelloop.artifacts import Bucket, Champions
+from labelloop.errors import ConflictError
+from labelloop.label_studio.client import LabelStudioClient
+from labelloop.launcher import Launcher, job_name
+from labelloop.ledger import Ledger
+from labelloop.model_config import ModelConfigs
+from labelloop.policy import Decision, decide
+from labelloop.records import Failure, Head, Job, Snapshot, Trained, Training, TrainingStatus, now
+
+ASKED = "START_TRAINING"  # Label Studio's button
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a reconcile did: the job it started, or why it did not."""
+
+    started: str | None
+    reason: str
+
+
+class Reconciler:
+    """Keeps every model's training in step with its annotations. `recall_promotion` asks `promote` to look at a job again."""
+
+    def __init__(
+        self,
+        stage: str,
+        configs: ModelConfigs,
+        artifacts_bucket: Bucket,
+        ledger: Ledger,
+        label_studio: LabelStudioClient,
+        launcher: Launcher,
+        recall_promotion: Callable[[str, str], None],
+    ) -> None:
+        self._stage, self._configs, self._bucket, self._ledger = stage, configs, artifacts_bucket, ledger
+        self._label_studio, self._launcher, self._recall_promotion = label_studio, launcher, recall_promotion
+
+    def reconcile(self, model: str, *, asked: bool = False) -> Outcome:
+        """Bring the ledger up to date with SageMaker and start a training if one is due. Raises `LabelloopError`."""
+        try:
+            head = self._settle(model, self._ledger.head(model))
+            return self._train_if_due(model, head, asked=asked)
+        except ConflictError as error:
+            # The other reconcile saw what this one saw; what it left undone, the end of its job brings up again.
+            return Outcome(None, str(error))
+
+    def _settle(self, model: str, head: Head) -> Head:
+        """Find out what became of the running job; start it when it was claimed and never started."""
+        job = head.running
+        if job is None:
+            return head
+        state = self._launcher.state(job.job_name)
+        if state is None:
+            self._launcher.start(self._configs[model].config, job, Champions(self._bucket).read(model))
+            return head
+        if not state.ended:
+            return head
+        ended_at = now()
+        if state.status == "Completed":
+            trained = Trained(digest=job.digest, n_annotations=job.n_annotations, job_name=job.job_name, ended_at=ended_at)
+            after = msgspec.structs.replace(head, trained=trained, failure=None)
+            return self._ledger.finish(head, after, Training(job=job, status="completed", ended_at=ended_at))
+        reason = state.failure or f"the job was {state.status.lower()}"
+        failure = Failure(
+            digest=job.digest,
+            n_annotations=job.n_annotations,
+            job_name=job.job_name,
+            reason=reason,
+            ended_at=ended_at,
+            consecutive=head.failure.consecutive + 1 if head.failure else 1,
+        )
+        status: TrainingStatus = "failed" if state.status == "Failed" else "stopped"
+        after = msgspec.structs.replace(head, failure=failure)
+        return self._ledger.finish(head, after, Training(job=job, status=status, ended_at=ended_at, failure=reason))
+
+    def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
+        if head.trained and self._ledger.promotion(model, head.trained.job_name) is None:
+            # The next challenger meets whoever wins this one. Asking again heals an end that `promote` never saw.
+            self._recall_promotion(model, head.trained.job_name)
+            return Outcome(None, f"waiting for the promotion gate to decide about {head.trained.job_name}")
+        folder = self._configs[model]
+        project = self._ledger.project(model)
+        decision = self._decide(model, head, self._label_studio.count_annotated(project), asked=asked)
+        if not decision.train:
+            return Outcome(None, decision.reason)
+
+        snapshot, manifest = self._snapshot(model, project)
+        decision = self._decide(model, head, snapshot.n_annotations, asked=asked)
+        if not decision.train:  # some annotated tasks cannot be trained on
+            return Outcome(None, f"{decision.reason}; left out: {snapshot.skipped}")
+        if head.trained and head.trained.digest == snapshot.digest:
+            return Outcome(None, "nothing new since the last training")
+        self._bucket.put(artifacts.manifest_key(model, snapshot.digest), manifest)
+
+        attempt = 1 + sum(1 for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest)
+        champion = Champions(self._bucket).read(model)
+        job = Job(
+            job_name=job_name(self._stage, model, snapshot.digest, attempt),
+            digest=snapshot.digest,
+            n_annotations=snapshot.n_annotations,
+            attempt=attempt,
+            started_at=now(),
+            snapshot=snapshot,
+            champion_version=champion.version if champion else None,
+        )
+        self._ledger.claim(head, job)
+        self._launcher.start(folder.config, job, champion)
+        return Outcome(job.job_name, decision.reason)
+
+    def _decide(self, model: str, head: Head, n_annotations: int, *, asked: bool) -> Decision:
+        return decide(self._configs[model].config.retrain, head, n_annotations, datetime.now(UTC), asked=asked)
+
+    def _snapshot(self, model: str, project: int) -> tuple[Snapshot, bytes]:
+        folder = self._configs[model]
+        rows, skipped = dataset.rows(self._label_studio.annotated_tasks(project), folder.config, folder.label_config)
+        uri = f"s3://{self._bucket.name}/{artifacts.manifest_key(model, '{digest}')}"
+        return dataset.snapshot(model, rows, skipped, uri_of=uri)

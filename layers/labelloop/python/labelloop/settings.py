@@ -1,0 +1,94 @@
+"""The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from labelloop.errors import SettingsError
+
+
+class Settings:
+    """What a deployment tells a function or a job; each value is asked for only where it is needed.
+
+    Raises `SettingsError` naming the variable when it is missing. docs/architecture.md lists which function gets which.
+    """
+
+    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        self._environ = os.environ if environ is None else environ
+
+    def _get(self, name: str) -> str:
+        value = self._environ.get(name, "")
+        if not value:
+            raise SettingsError(f"the environment variable {name} is not set")
+        return value
+
+    @property
+    def stage(self) -> str:
+        return self._get("LABELLOOP_STAGE")
+
+    @property
+    def images_bucket(self) -> str:
+        return self._get("LABELLOOP_IMAGES_BUCKET")
+
+    @property
+    def artifacts_bucket(self) -> str:
+        return self._get("LABELLOOP_ARTIFACTS_BUCKET")
+
+    @property
+    def ledger_table(self) -> str:
+        return self._get("LABELLOOP_LEDGER_TABLE")
+
+    @property
+    def label_studio_url(self) -> str:
+        return self._get("LABELLOOP_LABEL_STUDIO_URL").rstrip("/")
+
+    @property
+    def label_studio_secret(self) -> str:
+        """Name of the secret that holds the token."""
+        return self._get("LABELLOOP_LABEL_STUDIO_SECRET")
+
+    @property
+    def backend_secret_prefix(self) -> str:
+        return self._get("LABELLOOP_BACKEND_SECRET_PREFIX")
+
+    @property
+    def mlflow_tracking_uri(self) -> str:
+        return self._get("LABELLOOP_MLFLOW_TRACKING_URI")
+
+    @property
+    def event_bus(self) -> str:
+        return self._get("LABELLOOP_EVENT_BUS")
+
+    @property
+    def promote_queue(self) -> str:
+        """URL of the queue that `promote` reads."""
+        return self._get("LABELLOOP_PROMOTE_QUEUE")
+
+    @property
+    def training_role(self) -> str:
+        return self._get("LABELLOOP_TRAINING_ROLE")
+
+    @property
+    def training_image(self) -> str:
+        return self._get("LABELLOOP_TRAINING_IMAGE")
+
+    @property
+    def training_code(self) -> str:
+        """s3:// address of the zip with the training code."""
+        return self._get("LABELLOOP_TRAINING_CODE")
+
+    @property
+    def model_configs(self) -> str | None:
+        """A folder of model configs that takes the place of the packaged one."""
+        return self._environ.get("LABELLOOP_MODEL_CONFIGS") or None
+
+    @property
+    def opt_ml(self) -> str:
+        """SageMaker's folder; the laptop's stand-in gives each job one of its own."""
+        return self._environ.get("LABELLOOP_OPT_ML") or "/opt/ml"
+
+    @property
+    def endpoint_url(self) -> str | None:
+        """Where AWS is, when it is an emulator."""
+        return self._environ.get("AWS_ENDPOINT_URL") or None

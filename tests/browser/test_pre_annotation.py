@@ -1,0 +1,67 @@
+"""What an annotator sees, in a real browser: the predicted class is chosen already, and a submit reaches the loop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from labelloop.records import Promotion
+from tests.browser import chromium
+from tests.laptop import Loop, wait_for
+
+ARTIFACTS = Path("test-artifacts")
+
+
+@pytest.fixture
+def page(loop: Loop) -> Iterator[Page]:
+    """A page signed in to Label Studio."""
+    executable = chromium.find()
+    assert executable, "there is no Chromium; run: make browser"
+    addresses = loop.deployment.laptop
+    assert addresses is not None
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(f"{addresses.label_studio}/user/login/")
+        page.fill("#email", addresses.label_studio_user)
+        page.fill("#password", addresses.label_studio_password)
+        page.click('button[aria-label="Log In"]')
+        page.wait_for_url(re.compile(r"/(projects|$)"))
+        yield page
+        browser.close()
+
+
+def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, first_version: Promotion, page: Page) -> None:
+    titles = loop.deployment.label_studio
+    wait_for(lambda: titles.backends(loop.project)[0]["title"] == "digits v1", 60, "Label Studio knows version 1")
+    digit = loop.data[-1]
+    task = titles.images(loop.project, "image")[loop.address(digit)]
+    page.goto(f"{loop.deployment.label_studio_url}/projects/{loop.project}/data?task={task}")
+    submit = page.get_by_role("button", name="Submit current annotation")
+    expect(submit).to_be_visible(timeout=30_000)
+
+    chosen = page.locator("label:has(input[type=checkbox]:checked), label:has(input[type=radio]:checked)")
+    expect(chosen).to_have_count(1, timeout=15_000)
+    expect(page.get_by_text("digits v1").first).to_be_visible()
+    # The image itself came by a presigned address, through the bucket's CORS.
+    expect(page.locator("img[alt='LS'], .lsf-image img, canvas").first).to_be_visible()
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / "pre-annotation.png")
+
+    before = loop.annotated
+    with page.expect_response(lambda r: r.request.method == "POST" and f"/api/tasks/{task}/annotations" in r.url) as answer:
+        submit.click()
+    assert answer.value.status == 201
+    sent = answer.value.request.post_data_json
+    assert sent["parent_prediction"], "the annotation does not say which prediction it came from"
+    assert loop.annotated == before + 1
+    # The webhook went API Gateway → queue → retrain: its log has a look at exactly this count.
+    wait_for(
+        lambda: f"{before + 1} annotations" in loop.stack.function_log("retrain"), 60, "the webhook's effect in retrain's log"
+    )

@@ -1,0 +1,155 @@
+"""The laptop's stack for the loop and browser tests: real servers, real stacks, started once for the whole session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import urllib3
+import yaml
+from rich.console import Console
+
+from cli import digits
+from cli.demo import Annotator
+from cli.deployment import BackendAccess, Deployment
+from cli.digits import Digit
+from cli.label_studio_project import set_up_project
+from cli.upload import upload
+from labelloop.artifacts import s3_uri
+from labelloop.model_config import ModelConfigs, ModelFolder
+from labelloop.records import Promotion
+from local.stack import LaptopStack
+
+IMAGES = 300
+FIRST, SECOND = 60, 200  # annotations at which the test's model trains by itself
+
+
+@dataclass
+class Loop:
+    """A stack with a set-up project whose images have become tasks."""
+
+    stack: LaptopStack
+    deployment: Deployment
+    folder: ModelFolder
+    project: int
+    data: list[Digit]
+    annotator: Annotator
+    http: urllib3.PoolManager = field(default_factory=lambda: urllib3.PoolManager(maxsize=50, timeout=60, retries=False))
+
+    @property
+    def model(self) -> str:
+        return self.folder.config.name
+
+    @property
+    def backend(self) -> BackendAccess:
+        return self.deployment.backend(self.model)
+
+    @property
+    def annotated(self) -> int:
+        return self.deployment.label_studio.count_annotated(self.project)
+
+    def annotate_more(self, count: int) -> int:
+        """Annotate that many more tasks; how many there are then."""
+        self.annotator.annotate_up_to(self.annotator.annotated + count, Console(quiet=True))
+        return self.annotated
+
+    def address(self, digit: Digit) -> str:
+        return s3_uri(self.deployment.images.name, self.folder.config.images_prefix + digit.name)
+
+    def webhook(self, action: str) -> int:
+        """Send a webhook as Label Studio does; the HTTP status."""
+        answer = self.http.request(
+            "POST",
+            f"{self.backend.url}/webhook",
+            json={"action": action, "project": {"id": self.project}},
+            headers={"Authorization": self.backend.authorization},
+        )
+        return int(answer.status)
+
+    def job_names(self) -> list[str]:
+        return [training.job.job_name for training in self.deployment.ledger.trainings(self.model)]
+
+    def verdict_about(self, annotations: int) -> Promotion:
+        """Wait for the training with that many annotations, and for the gate's verdict about it."""
+
+        def found() -> Promotion | None:
+            head = self.deployment.ledger.head(self.model)
+            failure = head.failure
+            assert failure is None or failure.n_annotations != annotations, failure
+            promotions = self.deployment.ledger.promotions(self.model).values()
+            return next((p for p in promotions if p.n_annotations == annotations), None)
+
+        return wait_for(found, 180, f"the verdict about {annotations} annotations")
+
+
+def wait_for[T](look: Callable[[], T | None], seconds: float, what: str) -> T:
+    """Look until there is something; an assertion fails when the time is over."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = look()
+        if found:
+            return found
+        time.sleep(0.3)
+    pytest.fail(f"{what}: not within {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's digits with fewer annotations to train at, and a second model beside it."""
+    root = tmp_path_factory.mktemp("model_configs")
+    source = ModelConfigs.find()["digits"]
+    for name in ("digits", "numerals"):
+        folder = root / name
+        folder.mkdir()
+        for file in ("labeling_template.xml", "model.py"):
+            (folder / file).write_bytes((source.folder / file).read_bytes())
+        config = yaml.safe_load((source.folder / "config.yaml").read_text())
+        config["name"] = name
+        config["label_studio"]["title"] = f"labelloop {name}"
+        config["retrain"] = {"at": [FIRST, SECOND], "factor": 10.0, "failure_backoff_minutes": 0}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+@pytest.fixture(scope="session")
+def loop(tmp_path_factory: pytest.TempPathFactory, model_configs: Path) -> Iterator[Loop]:
+    """The stack, deployed, with the digits' project set up and its images ingested."""
+    messages: list[str] = []
+    stack = LaptopStack(
+        tmp_path_factory.mktemp("stack"),
+        model_configs=model_configs,
+        report=lambda part, text: messages.append(f"{part}: {text}"),
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            addresses = stack.up()
+            for name, value in addresses.aws_environment().items():
+                patch.setenv(name, value)
+            deployment = Deployment.on_laptop(addresses)
+            folder = ModelConfigs(model_configs)["digits"]
+            project = set_up_project(deployment, folder).project
+            data = digits.load()[:IMAGES]
+            refused: dict[str, str] = {}
+            upload(
+                deployment.images,
+                folder.config.images_prefix,
+                [(digit.name, lambda png=digit.png: png) for digit in data],
+                lambda name, refusal: refused.update({name: refusal} if refusal else {}),
+            )
+            assert refused == {}
+            tasks = deployment.label_studio
+            wait_for(lambda: tasks.counts(project)["tasks"] >= len(data), 120, "every image becomes a task")
+            truth = {s3_uri(deployment.images.name, folder.config.images_prefix + d.name): d.label for d in data}
+            yield Loop(stack, deployment, folder, project, data, Annotator(deployment, folder, project, truth))
+    finally:
+        stack.down()
+
+
+@pytest.fixture(scope="session")
+def first_version(loop: Loop) -> Promotion:
+    """The first training by itself: annotated up to `FIRST`, trained, promoted."""
+    loop.annotator.annotate_up_to(FIRST, Console(quiet=True))
+    return loop.verdict_about(FIRST)
