@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,14 +62,15 @@ class Demo:
 
     def __init__(self, home: Path, counts: list[int], console: Console) -> None:
         self._home, self._counts, self._console = home, counts, console
+        self._configs = home.with_name(f"{home.name}-model_configs")
         self._report = Report(model=MODEL, versions=[], seconds={})
-        self._stack = LaptopStack(home, model_configs=home / "model_configs", report=self._say)
+        self._stack = LaptopStack(home, model_configs=self._configs, report=self._say)
 
     def run(self, *, linger: Callable[[], None] | None, report: Path | None) -> Report:
         """Start clean, turn the loop, show where to look, `linger` if asked to, and stop everything, whatever happens."""
         self._stack.erase()
-        self._home.mkdir(parents=True)
-        _configs_that_train_at(self._counts, self._home / "model_configs")
+        shutil.rmtree(self._configs, ignore_errors=True)
+        _configs_that_train_at(self._counts, self._configs)
         try:
             with self._phase("start"):
                 addresses = self._stack.up()
@@ -85,7 +87,7 @@ class Demo:
 
     def _turn(self, addresses: Addresses) -> None:
         deployment = Deployment.on_laptop(addresses)
-        folder = ModelConfigs(self._home / "model_configs")[MODEL]
+        folder = ModelConfigs(self._configs)[MODEL]
         data = digits.load()
         with self._phase("project"):
             project = set_up_project(deployment, folder)
@@ -117,7 +119,7 @@ class Demo:
                 if refusal:
                     refused.append(f"{name}: {refusal}")
 
-            images = [(digit.name, partial(getattr, digit, "png")) for digit in data]
+            images: list[tuple[str, Callable[[], bytes]]] = [(digit.name, partial(getattr, digit, "png")) for digit in data]
             upload(deployment.images, folder.config.images_prefix, images, done)
         if refused:
             raise ServiceError(f"{len(refused)} images were refused: {refused[0]}")

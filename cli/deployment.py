@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,8 +55,7 @@ class Deployment:
     @classmethod
     def on_laptop(cls, addresses: Addresses) -> Deployment:
         """A laptop's stack. From here on this process talks to its emulator and to no AWS account."""
-        os.environ.pop("AWS_PROFILE", None)
-        os.environ.update(addresses.aws_environment())
+        addresses.use()
         return cls(addresses.stage, addresses)
 
     @cached_property

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import boto3
 from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
 
@@ -40,7 +41,9 @@ def set_up_project(deployment: Deployment, folder: ModelFolder) -> Setup:
 class _Project:
     def __init__(self, deployment: Deployment, folder: ModelFolder) -> None:
         self._deployment, self._folder = deployment, folder
-        self._sdk = LabelStudio(base_url=deployment.label_studio_url, api_key=deployment.label_studio_token)
+        self._sdk = LabelStudio(  # type: ignore[no-untyped-call]
+            base_url=deployment.label_studio_url, api_key=deployment.label_studio_token
+        )
         self._done = Setup()
 
     def set_up(self) -> Setup:
@@ -56,8 +59,8 @@ class _Project:
         _ = self._folder.label_config  # its errors come before anything is made
         wanted: dict[str, Any] = {
             "title": config.label_studio.title,
-            "label_config": self._folder.template,
-            "expert_instruction": config.label_studio.instructions,
+            "label_config": self._folder.template.strip(),  # as Label Studio keeps it
+            "expert_instruction": config.label_studio.instructions.strip(),
             "show_instruction": bool(config.label_studio.instructions),
             "sampling": config.label_studio.sampling,
         }
@@ -84,7 +87,8 @@ class _Project:
             if error.status_code != 404:
                 raise
         title = self._folder.config.label_studio.title
-        return next((project for project in self._sdk.projects.list(title=title) if project.title == title), None)
+        projects: list[Any] = list(self._sdk.projects.list(title=title))  # by part of the title
+        return next((project for project in projects if project.title == title), None)
 
     def _storage(self) -> None:
         """An S3 storage lets the browser see images by presigned addresses; it imports nothing."""
@@ -109,6 +113,8 @@ class _Project:
         storages = self._sdk.import_storage.s3.list(project=self._done.project)
         same = [storage for storage in storages if (storage.bucket, storage.prefix) == (wanted["bucket"], wanted["prefix"])]
         if not same:
+            # Label Studio refuses a prefix under which nothing lies; the marker is what S3's console makes for a folder.
+            boto3.client("s3").put_object(Bucket=wanted["bucket"], Key=wanted["prefix"])
             self._sdk.import_storage.s3.create(project=self._done.project, **wanted)
             self._done.changes.append(f"added the image storage s3://{wanted['bucket']}/{wanted['prefix']}")
 

@@ -28,7 +28,7 @@ def ingest() -> Ingest:
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     outcome = ingest()((record["messageId"], json.loads(record["body"])) for record in event["Records"])
-    logger.info("ingested", created=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
+    logger.info("ingested", tasks=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
     for key, reason in outcome.refused.items():
         logger.warning("refused", key=key, reason=reason)
     for message, reason in outcome.again.items():

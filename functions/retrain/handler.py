@@ -11,9 +11,10 @@ import boto3
 import msgspec
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
+from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop.artifacts import Bucket
-from labelloop.errors import LabelloopError
+from labelloop.errors import LabelloopError, NotSetUpError, ServiceError
 from labelloop.label_studio.access import connect
 from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
@@ -31,7 +32,11 @@ def reconciler() -> Reconciler:
     sqs = boto3.client("sqs")
 
     def recall_promotion(model: str, job_name: str) -> None:
-        sqs.send_message(QueueUrl=settings.promote_queue, MessageBody=json.dumps({"model": model, "job_name": job_name}))
+        body = json.dumps({"model": model, "job_name": job_name})
+        try:
+            sqs.send_message(QueueUrl=settings.promote_queue, MessageBody=body)
+        except (BotoCoreError, ClientError) as error:
+            raise ServiceError(f"the promote queue takes no message: {error}") from error
 
     return Reconciler(
         settings.stage,
@@ -60,6 +65,8 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     for model, signals in messages.items():
         try:
             outcome = reconciler().reconcile(model, asked=any(action == ASKED for _, action in signals))
+        except NotSetUpError as error:  # asking again helps nobody: the schedule looks once it is set up
+            logger.warning("not set up", model=model, reason=str(error))
         except LabelloopError as error:
             logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
             failed.update(message for message, _ in signals)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from labelloop.errors import ImageError
 
@@ -37,7 +38,7 @@ def inspect(data: bytes) -> ImageInfo:
     """Say what an image file is, and prove that it decodes. Raises `ImageError` with the reason when it does not."""
     image = _open(data)
     width, height = _upright_size(image)
-    name = image.format or ""
+    name = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # Pillow names some JPEGs of phones "MPO"
     _load(image, "RGB", (64, 64))
     return ImageInfo(format=name, width=width, height=height)
 
@@ -77,7 +78,7 @@ def _open(data: bytes) -> Image.Image:
 def _load(image: Image.Image, mode: Literal["L", "RGB"], least: tuple[int, int]) -> Image.Image:
     """Decode to `mode`, upright, at no less than `least` pixels where the file has them."""
     try:
-        if image.format == "JPEG":
+        if isinstance(image, JpegImageFile):
             sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
             image.draft(mode, (least[1], least[0]) if sideways else least)
         image.load()

@@ -51,6 +51,8 @@ class Ingest:
         by_model: dict[str, list[tuple[str, str]]] = {}
         for message, event in events:
             key = _key(event)
+            if key.endswith("/"):  # the marker of a folder
+                continue
             model = key.split("/")[1] if key.count("/") >= 2 else ""
             try:
                 self._configs[model]
@@ -70,7 +72,7 @@ class Ingest:
             outcome.again.update({message: str(error) for message, _ in messages})
             return
         ours: dict[str, _Image] = {}
-        perhaps: set[str] = set()
+        perhaps: dict[str, set[str]] = {}  # SHA-256 → addresses under which a task may exist
         for message, key in messages:
             try:
                 image = self._inspect(message, key)
@@ -86,30 +88,32 @@ class Ingest:
             except LabelloopError as error:
                 outcome.again[message] = str(error)
             else:
-                match claim:
+                match claim.state:
                     case "done":
                         outcome.known.append(key)
                     case "busy":
                         outcome.again[message] = "another delivery of the same image is under way"
                     case _:
                         ours[image.sha256] = image
-                        if claim == "retry":
-                            perhaps.add(image.address)
+                        if claim.before:
+                            perhaps[image.sha256] = {claim.before, image.address}
         try:
             self._make_tasks(model, project, data_key, list(ours.values()), perhaps, outcome)
         except LabelloopError as error:
             outcome.again.update({image.message: str(error) for image in ours.values()})
 
     def _make_tasks(
-        self, model: str, project: int, data_key: str, images: list[_Image], perhaps: set[str], outcome: Outcome
+        self, model: str, project: int, data_key: str, images: list[_Image], perhaps: dict[str, set[str]], outcome: Outcome
     ) -> None:
-        exist = self._label_studio.find_images(project, sorted(perhaps), data_key) if perhaps else set()
-        missing = [image for image in images if image.address not in exist]
+        addresses = sorted(set().union(*perhaps.values()))
+        exist = self._label_studio.find_images(project, addresses, data_key) if addresses else set()
+        known = [image for image in images if exist & perhaps.get(image.sha256, set())]
+        missing = [image for image in images if image not in known]
         if missing:
             self._label_studio.import_tasks(project, [_task(image, data_key) for image in missing])
         self._ledger.images_done(model, project, {image.sha256: image.address for image in images})
         outcome.created += [image.key for image in missing]
-        outcome.known += [image.key for image in images if image.address in exist]
+        outcome.known += [image.key for image in known]
 
     def _inspect(self, message: str, key: str) -> _Image | None:
         if not is_plain_key(key):

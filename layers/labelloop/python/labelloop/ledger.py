@@ -6,6 +6,7 @@ Writing a head demands the sequence number that was read, so two reconciles at o
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import boto3
@@ -20,7 +21,17 @@ _CONFIG = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard"
 _LEASE_SECONDS = 90  # longer than ingest may run
 _BATCH = 25  # DynamoDB's limit of a BatchWriteItem
 
-ImageClaim = Literal["new", "retry", "done", "busy"]
+
+@dataclass(frozen=True)
+class ImageClaim:
+    """The answer to a claim of an image.
+
+    `new`: it is yours. `retry`: it is yours, but somebody died with it, perhaps after making the task under the address
+    `before`. `done`: it has a task. `busy`: somebody is at it now.
+    """
+
+    state: Literal["new", "retry", "done", "busy"]
+    before: str | None = None
 
 
 class Ledger:
@@ -85,14 +96,10 @@ class Ledger:
     # Images
 
     def claim_image(self, model: str, project: int, sha256: str, image: str) -> ImageClaim:
-        """Claim the right to make a task of an image.
-
-        `new`: it is yours. `retry`: it is yours, but somebody died with it, perhaps after making the task. `done`: it has
-        a task. `busy`: somebody is at it now.
-        """
+        """Claim the right to make a task of an image at the address `image`."""
         moment = time.time()
         try:
-            before = self._client.update_item(
+            answer = self._client.update_item(
                 TableName=self._table,
                 Key=_key(model, _image_record(project, sha256)),
                 UpdateExpression="SET #state = :claimed, claimed_at = :now, image = :image",
@@ -106,14 +113,15 @@ class Ledger:
                 },
                 ReturnValues="ALL_OLD",
             )
-            return "retry" if before.get("Attributes") else "new"
+            before = answer.get("Attributes")
+            return ImageClaim("retry", before["image"]["S"]) if before else ImageClaim("new")
         except ClientError as error:
             if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
                 raise StorageError(f"the ledger refused a claim: {error}") from error
         except BotoCoreError as error:
             raise StorageError(f"the ledger does not answer: {error}") from error
         item = self._get(model, _image_record(project, sha256))
-        return "done" if item and item["state"]["S"] == "done" else "busy"
+        return ImageClaim("done" if item and item["state"]["S"] == "done" else "busy")
 
     def images_done(self, model: str, project: int, images: dict[str, str]) -> None:
         """Note that images (SHA-256 → address) have their tasks."""

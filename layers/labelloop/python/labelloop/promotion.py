@@ -51,26 +51,33 @@ class Promoter:
         self._champions = Champions(bucket)
 
     def decide(self, model: str, job_name: str) -> Promotion | None:
-        """Decide about the version that a job trained; None when the job left no model (it failed).
+        """Decide about the version that a job trained; None when the job left no model, or none yet.
 
         Repeating it repeats no decision. A damaged archive is kept from serving for good. Raises `ConflictError` when
         another promotion came first, `ServiceError`.
         """
-        archive = self._bucket.get(artifacts.training_archive_key(model, job_name))
-        if archive is None:
-            return None
         promotion = self._ledger.promotion(model, job_name)
         if promotion is None:
-            try:
-                onnx, evaluation = unpack(archive)
-                _check_owner(evaluation, model, job_name)
-            except ModelError as error:
-                promotion = _refusal(model, job_name, str(error))
-            else:
-                promotion = self._take(onnx, evaluation)
+            promotion = self._decide(model, job_name)
+            if promotion is None:
+                return None
             self._ledger.record_promotion(promotion)
         self._publish(promotion)
         return promotion
+
+    def _decide(self, model: str, job_name: str) -> Promotion | None:
+        archive = self._bucket.get(artifacts.training_archive_key(model, job_name))
+        if archive is None:
+            training = self._ledger.training(model, job_name)
+            completed = training is not None and training.status == "completed"
+            # The next training waits for a decision about every completed one.
+            return _refusal(model, job_name, "the job completed, but its archive is missing") if completed else None
+        try:
+            onnx, evaluation = unpack(archive)
+            _check_owner(evaluation, model, job_name)
+        except ModelError as error:
+            return _refusal(model, job_name, str(error))
+        return self._take(onnx, evaluation)
 
     def _take(self, onnx: bytes, evaluation: Evaluation) -> Promotion:
         """Judge a version and, when it won, let it serve."""

@@ -30,6 +30,8 @@ _RETRIES = urllib3.Retry(
     status_forcelist=(502, 503, 504),
     raise_on_status=False,
 )
+# A listing otherwise shows images at an address of Label Studio's own, once a storage covers them.
+_AS_STORED = {"include": "id,data", "resolve_uri": "false"}
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
 _ADDRESSES = 10  # a filter of that many stays below the 8 KB that web servers take as a URL
 
@@ -69,7 +71,7 @@ class LabelStudioClient:
             some = addresses[start : start + _ADDRESSES]
             items = [{"filter": f"filter:tasks:data.{data_key}", "operator": "equal", "type": "String", "value": a} for a in some]
             query = {"filters": {"conjunction": "or", "items": items}, "ordering": ["tasks:id"]}
-            parameters = {"project": project, "page_size": 1000, "include": "id,data", "query": json.dumps(query)}
+            parameters = {"project": project, "page_size": 1000, "query": json.dumps(query), **_AS_STORED}
             answer = self._json("GET", f"/api/tasks?{urlencode(parameters)}")
             found.update(str(task["data"].get(data_key)) for task in answer["tasks"])
         return found
@@ -81,7 +83,7 @@ class LabelStudioClient:
         while True:
             after = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last}
             query = {"filters": {"conjunction": "and", "items": [after]}, "ordering": ["tasks:id"]}
-            parameters = {"project": project, "page_size": 500, "include": "id,data", "query": json.dumps(query)}
+            parameters = {"project": project, "page_size": 500, "query": json.dumps(query), **_AS_STORED}
             tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
             if not tasks:
                 return found

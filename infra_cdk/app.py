@@ -1,0 +1,40 @@
+"""The CDK app: `python -m infra_cdk.app`, as cdk.json has it. docs/architecture.md lists the context values."""
+
+from __future__ import annotations
+
+import sys
+
+import aws_cdk as cdk
+import cdk_nag
+
+from infra_cdk.stacks.serving import ServingStack
+from infra_cdk.stacks.state import StateStack
+from infra_cdk.stacks.training import TrainingStack
+from infra_cdk.stage import Stage
+from labelloop.errors import LabelloopError, exit_code
+
+
+def build(app: cdk.App) -> Stage:
+    """Add the three stacks of the stage that the app's context names. Raises `ConfigError`."""
+    stage = Stage.from_context(app.node)
+    state = StateStack(app, f"{stage.prefix}-state", stage=stage)
+    training = TrainingStack(app, f"{stage.prefix}-training", stage=stage, state=state)
+    ServingStack(app, f"{stage.prefix}-serving", stage=stage, state=state, training=training)
+    cdk.Tags.of(app).add("labelloop:stage", stage.name)
+    if not stage.is_local:
+        cdk.Validations.of(app).add_plugins(cdk_nag.AwsSolutionsChecks(app))
+    return stage
+
+
+def main() -> None:
+    app = cdk.App()
+    try:
+        build(app)
+    except LabelloopError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(exit_code(error))
+    app.synth()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Constructs: each owns one kind of resource and what is always true of it."""

@@ -1,0 +1,69 @@
+"""A Lambda function of labelloop: its folder under functions/, its own role, its own log group."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+
+import aws_cdk as cdk
+from aws_cdk import aws_iam as iam
+from aws_cdk import aws_lambda as lambda_
+from aws_cdk import aws_logs as logs
+from constructs import Construct
+
+from infra_cdk.nag import acknowledge, acknowledge_finding
+from infra_cdk.sources import FUNCTIONS, LITTER
+from infra_cdk.stage import Stage
+
+
+class PythonFunction(lambda_.Function):
+    """`functions/{name}/handler.py`, entry `handler`. `execution_role` may write the log and traces, and what it is granted."""
+
+    def __init__(
+        self,
+        scope: Construct,
+        id: str,
+        *,
+        stage: Stage,
+        name: str,
+        description: str,
+        environment: Mapping[str, str],
+        layers: Sequence[lambda_.ILayerVersion],
+        memory_mb: int,
+        timeout: cdk.Duration,
+    ) -> None:
+        log_group = logs.LogGroup(
+            scope, f"{id}Log", retention=logs.RetentionDays.ONE_MONTH, removal_policy=cdk.RemovalPolicy.DESTROY
+        )
+        role = iam.Role(scope, f"{id}Role", assumed_by=iam.ServicePrincipal("lambda.amazonaws.com"))
+        log_group.grant_write(role)
+        super().__init__(
+            scope,
+            id,
+            description=description,
+            code=lambda_.Code.from_asset(str(FUNCTIONS / name), exclude=list(LITTER)),
+            handler="handler.handler",
+            runtime=lambda_.Runtime.PYTHON_3_13,
+            architecture=_architecture(stage),
+            environment={
+                "LABELLOOP_STAGE": stage.name,
+                "POWERTOOLS_SERVICE_NAME": name,
+                "POWERTOOLS_LOG_LEVEL": "INFO",
+                **environment,
+            },
+            layers=list(layers),
+            memory_size=memory_mb,
+            timeout=timeout,
+            role=role,
+            log_group=log_group,
+            tracing=lambda_.Tracing.ACTIVE,
+        )
+        self.execution_role = role
+        acknowledge(self, L1="Python 3.13 is what every layer and test is built for; the next version comes with its own change")
+        acknowledge_finding(role, "AwsSolutions-IAM5[Resource::*]", reason="X-Ray's write actions know no resources")
+
+
+def _architecture(stage: Stage) -> lambda_.Architecture:
+    """x86_64; on a laptop functions run on the machine as it is."""
+    arm = stage.is_local and platform.machine() in ("arm64", "aarch64")
+    return lambda_.Architecture.ARM_64 if arm else lambda_.Architecture.X86_64

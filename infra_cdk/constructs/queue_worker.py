@@ -1,0 +1,69 @@
+"""A queue, its dead-letter queue with an alarm, and the function that works it off."""
+
+from __future__ import annotations
+
+import aws_cdk as cdk
+from aws_cdk import aws_cloudwatch as cloudwatch
+from aws_cdk import aws_lambda as lambda_
+from aws_cdk import aws_lambda_event_sources as event_sources
+from aws_cdk import aws_sqs as sqs
+from constructs import Construct
+
+_MAX_RECEIVES = 5
+
+
+class QueueWorker(Construct):
+    """`function` gets batches and answers which messages failed; after five receives a message moves to `dead_letters`."""
+
+    def __init__(
+        self,
+        scope: Construct,
+        id: str,
+        *,
+        timeout: cdk.Duration,
+        batch_size: int = 10,
+        batching_window: cdk.Duration | None = None,
+        max_concurrency: int,
+    ) -> None:
+        super().__init__(scope, id)
+        self.timeout = timeout
+        self._batch_size, self._batching_window, self._max_concurrency = batch_size, batching_window, max_concurrency
+        self.dead_letters = sqs.Queue(
+            self,
+            "DeadLetters",
+            encryption=sqs.QueueEncryption.SQS_MANAGED,
+            enforce_ssl=True,
+            retention_period=cdk.Duration.days(14),
+        )
+        self.queue = sqs.Queue(
+            self,
+            "Queue",
+            encryption=sqs.QueueEncryption.SQS_MANAGED,
+            enforce_ssl=True,
+            visibility_timeout=cdk.Duration.seconds(6 * timeout.to_seconds()),  # what Lambda asks for
+            dead_letter_queue=sqs.DeadLetterQueue(queue=self.dead_letters, max_receive_count=_MAX_RECEIVES),
+        )
+        cloudwatch.Alarm(
+            self,
+            "Alarm",
+            alarm_description=f"messages that {id} gave up on lie in its dead-letter queue",
+            metric=self.dead_letters.metric_approximate_number_of_messages_visible(
+                period=cdk.Duration.minutes(5), statistic="Maximum"
+            ),
+            threshold=1,
+            evaluation_periods=1,
+            comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
+            treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
+        )
+
+    def work_with(self, function: lambda_.Function) -> None:
+        """Let `function` work the queue off; its timeout is the `timeout` given here."""
+        function.add_event_source(
+            event_sources.SqsEventSource(
+                self.queue,
+                batch_size=self._batch_size,
+                max_batching_window=self._batching_window,
+                max_concurrency=self._max_concurrency,
+                report_batch_item_failures=True,
+            )
+        )

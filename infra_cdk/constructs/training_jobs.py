@@ -1,0 +1,116 @@
+"""What a SageMaker training job of labelloop consists of: its role, its image, its code. `retrain` starts the jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import aws_cdk as cdk
+from aws_cdk import aws_iam as iam
+from aws_cdk import aws_s3 as s3
+from aws_cdk import aws_s3_assets as s3_assets
+from aws_cdk import region_info
+from constructs import Construct
+
+from infra_cdk.constructs.grants import allow, allow_reading_objects, allow_writing_objects
+from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
+from infra_cdk.nag import acknowledge_wildcard
+from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
+from infra_cdk.stage import Stage
+
+# `image_uris.retrieve("pytorch-amzn2023", version="2.14", …)` of the sagemaker SDK 3.27.0; the registry's account goes by region.
+_REPOSITORY = "pytorch"
+_TAG = "2.14-cu133-amzn2023-sagemaker"
+
+
+class TrainingJobs(Construct):
+    """`role`, `image` and `code` (s3 address of a zip) of the stage's training jobs."""
+
+    def __init__(
+        self,
+        scope: Construct,
+        id: str,
+        *,
+        stage: Stage,
+        images: s3.IBucket,
+        artifacts: s3.IBucket,
+        mlflow_app: str | None,
+    ) -> None:
+        super().__init__(scope, id)
+        self._stage = stage
+        with assembled(
+            {"labelloop": LIBRARY, "training_jobs": TRAINING_JOBS, "model_configs": Path(str(stage.models.root))}
+        ) as folder:
+            code = s3_assets.Asset(self, "Code", path=folder)
+        self.code = code.s3_object_url
+
+        self.role = iam.Role(
+            self,
+            "Role",
+            assumed_by=iam.ServicePrincipal("sagemaker.amazonaws.com"),
+            description=f"What a training job of {stage.prefix} may do",
+        )
+        allow_reading_objects(self.role, images, "images/")
+        allow_reading_objects(self.role, artifacts, "snapshots/", "models/", "checkpoints/")
+        allow_writing_objects(self.role, artifacts, "training/", "checkpoints/")
+        allow(self.role, "s3:GetObject", on=code.bucket.arn_for_objects(code.s3_object_key))
+        allow(self.role, "s3:ListBucket", on=code.bucket.bucket_arn)  # a channel is a prefix, even when it is one file
+        self._allow_logs_and_metrics()
+        if mlflow_app:
+            allow_calling_mlflow(self.role, mlflow_app)
+        self.image = "local" if stage.is_local else self._container_image()
+
+    def allow_running(self, role: iam.Role) -> None:
+        """Start, watch and stop the stage's jobs, and hand them their role."""
+        jobs = cdk.Stack.of(self).format_arn(
+            service="sagemaker", resource="training-job", resource_name=f"{self._stage.job_prefix}*"
+        )
+        allow(
+            role,
+            "sagemaker:CreateTrainingJob",
+            "sagemaker:DescribeTrainingJob",
+            "sagemaker:StopTrainingJob",
+            "sagemaker:AddTags",
+            on=jobs,
+            wildcard="the jobs of this stage",
+        )
+        role.add_to_policy(
+            iam.PolicyStatement(
+                actions=["iam:PassRole"],
+                resources=[self.role.role_arn],
+                conditions={"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}},
+            )
+        )
+
+    def _container_image(self) -> str:
+        """AWS's PyTorch container, and leave for the role to pull it."""
+        stack = cdk.Stack.of(self)
+        account = stack.regional_fact(region_info.FactName.DLC_REPOSITORY_ACCOUNT)
+        repository = stack.format_arn(service="ecr", account=account, resource="repository", resource_name=_REPOSITORY)
+        allow(self.role, "ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", on=repository)
+        allow(self.role, "ecr:GetAuthorizationToken", on="*", wildcard="signing in to ECR knows no resource")
+        return f"{account}.dkr.ecr.{stack.region}.{stack.url_suffix}/{_REPOSITORY}:{_TAG}"
+
+    def _allow_logs_and_metrics(self) -> None:
+        groups = cdk.Stack.of(self).format_arn(
+            service="logs",
+            resource="log-group",
+            resource_name="/aws/sagemaker/TrainingJobs*",
+            arn_format=cdk.ArnFormat.COLON_RESOURCE_NAME,
+        )
+        allow(
+            self.role,
+            "logs:CreateLogGroup",
+            "logs:CreateLogStream",
+            "logs:DescribeLogStreams",
+            "logs:PutLogEvents",
+            on=groups,
+            wildcard="the log group that SageMaker makes, and its streams",
+        )
+        self.role.add_to_policy(
+            iam.PolicyStatement(
+                actions=["cloudwatch:PutMetricData"],
+                resources=["*"],
+                conditions={"StringEquals": {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"}},
+            )
+        )
+        acknowledge_wildcard(self.role, "*", reason="metrics know no resource; the namespace is fixed instead")

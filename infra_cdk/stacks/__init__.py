@@ -1,0 +1,1 @@
+"""The three stacks, in the order in which they are deployed: state, training, serving."""

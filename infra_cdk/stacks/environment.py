@@ -1,0 +1,11 @@
+"""Parts of the functions' environment that several functions share."""
+
+from __future__ import annotations
+
+from infra_cdk.stage import Stage
+
+
+def label_studio_environment(stage: Stage) -> dict[str, str]:
+    """Without an address `labelloop.settings` says at run time what is missing; synth has warned."""
+    url = {"LABELLOOP_LABEL_STUDIO_URL": stage.label_studio_url} if stage.label_studio_url else {}
+    return {**url, "LABELLOOP_LABEL_STUDIO_SECRET": stage.label_studio_secret}

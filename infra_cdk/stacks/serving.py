@@ -1,0 +1,66 @@
+"""The serving stack: what Label Studio talks to."""
+
+from __future__ import annotations
+
+import aws_cdk as cdk
+from constructs import Construct
+
+from infra_cdk.constructs.front_door import FrontDoor
+from infra_cdk.constructs.grants import allow_reading_objects
+from infra_cdk.constructs.layers import Layers
+from infra_cdk.constructs.python_function import PythonFunction
+from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
+from infra_cdk.stacks.environment import label_studio_environment
+from infra_cdk.stacks.outputs import output
+from infra_cdk.stacks.state import StateStack
+from infra_cdk.stacks.training import TrainingStack
+from infra_cdk.stage import Stage
+
+_FULL_CPU_MB = 1769  # memory at which Lambda gives one whole vCPU
+
+
+class ServingStack(cdk.Stack):
+    """The front door, the authorizer, and predict, which serves every model."""
+
+    def __init__(self, scope: Construct, id: str, *, stage: Stage, state: StateStack, training: TrainingStack) -> None:
+        super().__init__(scope, id, env=stage.env, description=f"labelloop {stage.name}: ML backends of Label Studio")
+        layers = Layers(self, "Layers", stage=stage)
+        authorize = PythonFunction(
+            self,
+            "AuthorizeFunction",
+            stage=stage,
+            name="authorize",
+            description="Lets a model's credentials through to that model",
+            environment={"LABELLOOP_BACKEND_SECRET_PREFIX": stage.backend_secret_prefix},
+            layers=[layers.core, layers.library],
+            memory_mb=_FULL_CPU_MB,  # its cold start is part of Label Studio's one second for health; it runs once an hour
+            timeout=cdk.Duration.seconds(10),
+        )
+        allow_reading_backend_secrets(authorize.execution_role, stage=stage)
+
+        predict = PythonFunction(
+            self,
+            "PredictFunction",
+            stage=stage,
+            name="predict",
+            description="Setup, predictions and versions of every model",
+            environment={
+                "LABELLOOP_IMAGES_BUCKET": state.images.bucket_name,
+                "LABELLOOP_ARTIFACTS_BUCKET": state.artifacts.bucket_name,
+                **label_studio_environment(stage),
+                "OMP_NUM_THREADS": "1",  # the function spreads images over the cores itself
+                "OPENBLAS_NUM_THREADS": "1",
+            },
+            layers=[layers.core, layers.inference, layers.library, layers.model_configs],
+            memory_mb=max(config.serving.memory_mb for config in stage.configs),
+            timeout=cdk.Duration.seconds(29),  # as long as API Gateway waits
+        )
+        allow_reading_objects(predict.execution_role, state.images, "images/")
+        allow_reading_objects(predict.execution_role, state.artifacts, "champions/", "models/")
+        allow_reading_label_studio_secret(predict.execution_role, stage=stage)
+
+        front_door = FrontDoor(
+            self, "FrontDoor", stage=stage, authorizer=authorize, predict=predict, retrain_queue=training.retrain_queue
+        )
+        output(self, "ApiUrl", front_door.url)
+        output(self, "ApiId", front_door.api.rest_api_id)

@@ -1,0 +1,220 @@
+"""The training stack: from an image or an annotation to a promoted model."""
+
+from __future__ import annotations
+
+import aws_cdk as cdk
+from aws_cdk import aws_events as events
+from aws_cdk import aws_events_targets as targets
+from aws_cdk import aws_iam as iam
+from constructs import Construct
+
+from infra_cdk.constructs.grants import (
+    allow,
+    allow_reading_ledger,
+    allow_reading_objects,
+    allow_writing_ledger,
+    allow_writing_objects,
+)
+from infra_cdk.constructs.layers import Layers
+from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
+from infra_cdk.constructs.python_function import PythonFunction
+from infra_cdk.constructs.queue_worker import QueueWorker
+from infra_cdk.constructs.secrets import allow_reading_label_studio_secret
+from infra_cdk.constructs.training_jobs import TrainingJobs
+from infra_cdk.stacks.environment import label_studio_environment
+from infra_cdk.stacks.outputs import output
+from infra_cdk.stacks.state import StateStack
+from infra_cdk.stage import Stage
+
+_SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, at most
+
+
+class TrainingStack(cdk.Stack):
+    """Four queues, each worked off by one function, the rules that fill them, and what a training job needs."""
+
+    def __init__(self, scope: Construct, id: str, *, stage: Stage, state: StateStack) -> None:
+        super().__init__(scope, id, env=stage.env, description=f"labelloop {stage.name}: ingest, training, promotion")
+        self._stage, self._state = stage, state
+        self._layers = Layers(self, "Layers", stage=stage)
+        self._jobs = TrainingJobs(
+            self, "Jobs", stage=stage, images=state.images, artifacts=state.artifacts, mlflow_app=state.mlflow_app
+        )
+        ingest = QueueWorker(
+            self,
+            "Ingest",
+            timeout=cdk.Duration.seconds(60),
+            batch_size=100,
+            batching_window=cdk.Duration.seconds(5),
+            max_concurrency=4,
+        )
+        retrain = QueueWorker(self, "Retrain", timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        promote = QueueWorker(self, "Promote", timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(30), max_concurrency=2)
+        self.retrain_queue = retrain.queue
+
+        self._add_ingest(ingest)
+        self._add_retrain(retrain, promote)
+        self._add_promote(promote)
+        self._add_refresh(refresh)
+        self._add_rules(ingest=ingest, retrain=retrain, promote=promote, refresh=refresh)
+
+        for name, worker in (("Ingest", ingest), ("Retrain", retrain), ("Promote", promote), ("Refresh", refresh)):
+            output(self, f"{name}Queue", worker.queue.queue_url)
+            output(self, f"{name}QueueDeadLetters", worker.dead_letters.queue_url)
+
+    def _add_ingest(self, worker: QueueWorker) -> None:
+        role = self._function(
+            "ingest",
+            worker,
+            description="Image in S3 to task in Label Studio",
+            memory_mb=1024,
+            environment={
+                "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
+                "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                **label_studio_environment(self._stage),
+            },
+        )
+        allow_reading_objects(role, self._state.images, "images/")
+        allow_writing_ledger(role, self._state.ledger)
+        allow_reading_label_studio_secret(role, stage=self._stage)
+
+    def _add_retrain(self, worker: QueueWorker, promote: QueueWorker) -> None:
+        role = self._function(
+            "retrain",
+            worker,
+            description="Compares what is annotated with what is trained, and starts a training job when it is time",
+            memory_mb=1024,
+            environment={
+                "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
+                "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
+                "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                **label_studio_environment(self._stage),
+                "LABELLOOP_MLFLOW_TRACKING_URI": self._state.mlflow_tracking_uri,
+                "LABELLOOP_PROMOTE_QUEUE": promote.queue.queue_url,
+                "LABELLOOP_TRAINING_ROLE": self._jobs.role.role_arn,
+                "LABELLOOP_TRAINING_IMAGE": self._jobs.image,
+                "LABELLOOP_TRAINING_CODE": self._jobs.code,
+                **self._stage.sagemaker_environment,
+            },
+        )
+        allow_reading_objects(role, self._state.artifacts, "snapshots/", "champions/")
+        allow_writing_objects(role, self._state.artifacts, "snapshots/")
+        allow_writing_ledger(role, self._state.ledger)
+        allow_reading_label_studio_secret(role, stage=self._stage)
+        self._jobs.allow_running(role)
+        allow(role, "sqs:SendMessage", on=promote.queue.queue_arn)
+
+    def _add_promote(self, worker: QueueWorker) -> None:
+        role = self._function(
+            "promote",
+            worker,
+            description="Decides whether a trained version becomes the champion",
+            memory_mb=1024,
+            environment={
+                "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
+                "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                "LABELLOOP_MLFLOW_TRACKING_URI": self._state.mlflow_tracking_uri,
+                "LABELLOOP_EVENT_BUS": self._state.event_bus.event_bus_name,
+            },
+        )
+        allow_reading_objects(role, self._state.artifacts, "training/", "models/", "champions/")
+        allow_writing_objects(role, self._state.artifacts, "models/", "champions/")
+        allow_writing_ledger(role, self._state.ledger)
+        allow(role, "events:PutEvents", on=self._state.event_bus.event_bus_arn)
+        if self._state.mlflow_app:
+            allow_calling_mlflow(role, self._state.mlflow_app)
+
+    def _add_refresh(self, worker: QueueWorker) -> None:
+        role = self._function(
+            "refresh",
+            worker,
+            description="Tells Label Studio of a promoted version",
+            memory_mb=512,
+            environment={
+                "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
+                "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                **label_studio_environment(self._stage),
+            },
+        )
+        allow_reading_objects(role, self._state.artifacts, "champions/")
+        allow_reading_ledger(role, self._state.ledger)
+        allow_reading_label_studio_secret(role, stage=self._stage)
+
+    def _function(
+        self, name: str, worker: QueueWorker, *, description: str, memory_mb: int, environment: dict[str, str]
+    ) -> iam.Role:
+        function = PythonFunction(
+            self,
+            f"{name.capitalize()}Function",
+            stage=self._stage,
+            name=name,
+            description=description,
+            environment=environment,
+            layers=[self._layers.core, self._layers.library, self._layers.model_configs],
+            memory_mb=memory_mb,
+            timeout=worker.timeout,
+        )
+        worker.work_with(function)
+        return function.execution_role
+
+    def _add_rules(self, *, ingest: QueueWorker, retrain: QueueWorker, promote: QueueWorker, refresh: QueueWorker) -> None:
+        field = events.EventField.from_path
+        events.Rule(
+            self,
+            "ImageUploaded",
+            description="an image arrived",
+            event_pattern=events.EventPattern(
+                source=["aws.s3"],
+                detail_type=["Object Created"],
+                detail={
+                    "bucket": {"name": [self._state.images.bucket_name]},
+                    "object": {"key": events.Match.prefix("images/")},
+                },
+            ),
+            targets=[targets.SqsQueue(ingest.queue)],
+        )
+        model = field("$.detail.HyperParameters.model")
+        events.Rule(
+            self,
+            "TrainingEnded",
+            description="a training job of this stage ended, one way or another",
+            event_pattern=events.EventPattern(
+                source=self._stage.training_event_sources,
+                detail_type=["SageMaker Training Job State Change"],
+                detail={
+                    "TrainingJobStatus": ["Completed", "Failed", "Stopped"],
+                    "TrainingJobName": events.Match.prefix(self._stage.job_prefix),
+                },
+            ),
+            targets=[
+                targets.SqsQueue(
+                    retrain.queue, message=events.RuleTargetInput.from_object({"model": model, "action": "TRAINING_ENDED"})
+                ),
+                targets.SqsQueue(
+                    promote.queue,
+                    message=events.RuleTargetInput.from_object({"model": model, "job_name": field("$.detail.TrainingJobName")}),
+                ),
+            ],
+        )
+        events.Rule(
+            self,
+            "Schedule",
+            description="makes up for webhooks that were lost, and for jobs whose end went by unseen",
+            schedule=events.Schedule.rate(_SCHEDULE),
+            targets=[targets.SqsQueue(retrain.queue, message=events.RuleTargetInput.from_object({"action": "SCHEDULE"}))],
+        )
+        events.Rule(
+            self,
+            "ModelPromoted",
+            description="a model has a new champion",
+            event_bus=self._state.event_bus,
+            event_pattern=events.EventPattern(source=["labelloop"], detail_type=["ModelPromoted"]),
+            targets=[
+                targets.SqsQueue(
+                    refresh.queue,
+                    message=events.RuleTargetInput.from_object(
+                        {"model": field("$.detail.model"), "version": field("$.detail.version")}
+                    ),
+                )
+            ],
+        )

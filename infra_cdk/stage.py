@@ -1,0 +1,134 @@
+"""One deployment of labelloop: its names, its context values, and everything in which a laptop differs from AWS."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import aws_cdk as cdk
+from constructs import Node
+
+from infra_cdk.sources import ROOT
+from labelloop.errors import ConfigError
+from labelloop.model_config import ModelConfig, ModelConfigs
+
+LOCAL = "local"
+_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
+_MAX_JOB_NAME = 63  # characters, SageMaker's limit
+_CONTEXT = "context of `cdk`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What `-c` says about a deployment. Raises `ConfigError` when values or model configs are wrong.
+
+    `mlflow_url`: absent on AWS where the state stack makes a serverless MLflow App. `sagemaker_endpoint`: only on a laptop.
+    """
+
+    name: str
+    models: ModelConfigs
+    label_studio_url: str | None = None
+    mlflow_url: str | None = None
+    sagemaker_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        # No hyphen: job names start with `labelloop-{stage}-`, and no stage may see another's.
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(_CONTEXT, f"{self.name!r} is no stage name; use up to 16 lower-case letters and digits", "stage")
+        for key in ("label_studio_url", "mlflow_url", "sagemaker_endpoint"):
+            value = getattr(self, key)
+            if value and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
+                raise ConfigError(_CONTEXT, f"{value!r} is no http(s) address", key)
+            if self.is_local and not value:
+                raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} needs it; pass it with -c {key}=URL", key)
+        if self.sagemaker_endpoint and not self.is_local:
+            raise ConfigError(_CONTEXT, f"only the stage {LOCAL!r} has a stand-in for SageMaker; remove it", "sagemaker_endpoint")
+        if not self.models.names:
+            raise ConfigError(str(self.models.root), "holds no model config")
+        for config in self.configs:
+            job = f"{self.job_prefix}{config.name}-{'0' * 12}-999"
+            if len(job) > _MAX_JOB_NAME:
+                raise ConfigError(
+                    str(self.models[config.name].folder),
+                    f"is {len(job) - _MAX_JOB_NAME} characters too long for a training job's name in the stage {self.name!r}",
+                    "name",
+                )
+
+    @classmethod
+    def from_context(cls, node: Node) -> Stage:
+        """Read the context values of a CDK app."""
+
+        def value(key: str) -> str | None:
+            found: Any = node.try_get_context(key)
+            return str(found) if found else None
+
+        return cls(
+            name=value("stage") or "dev",
+            models=ModelConfigs(ROOT / (value("model_configs") or "model_configs")),
+            label_studio_url=_without_slash(value("label_studio_url")),
+            mlflow_url=_without_slash(value("mlflow_url")),
+            sagemaker_endpoint=_without_slash(value("sagemaker_endpoint")),
+        )
+
+    @cached_property
+    def configs(self) -> list[ModelConfig]:
+        """The config of every model, each checked against its label config."""
+        for name in self.models.names:
+            _ = self.models[name].label_config
+        return [self.models[name].config for name in self.models.names]
+
+    @property
+    def prefix(self) -> str:
+        return f"labelloop-{self.name}"
+
+    @property
+    def job_prefix(self) -> str:
+        """What the names of the stage's training jobs begin with."""
+        return f"{self.prefix}-"
+
+    @property
+    def label_studio_secret(self) -> str:
+        return f"labelloop/{self.name}/label-studio"
+
+    @property
+    def backend_secret_prefix(self) -> str:
+        return f"labelloop/{self.name}/backend/"
+
+    @property
+    def label_studio_origin(self) -> str | None:
+        """Scheme, host and port of Label Studio, as a browser names it to a bucket."""
+        if not self.label_studio_url:
+            return None
+        parts = urlsplit(self.label_studio_url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+    # What follows, and nothing else, differs on a laptop.
+
+    @property
+    def is_local(self) -> bool:
+        return self.name == LOCAL
+
+    @property
+    def env(self) -> cdk.Environment:
+        """The emulator's account and region; on AWS those of the caller's credentials, where the CDK CLI knows them."""
+        if self.is_local:
+            return cdk.Environment(account="000000000000", region="us-east-1")
+        return cdk.Environment(account=os.environ.get("CDK_DEFAULT_ACCOUNT"), region=os.environ.get("CDK_DEFAULT_REGION"))
+
+    @property
+    def training_event_sources(self) -> list[str]:
+        """Who says that a training job has ended. The emulator refuses events in the name of AWS, as AWS does."""
+        return ["aws.sagemaker", "labelloop.sagemaker"] if self.is_local else ["aws.sagemaker"]
+
+    @property
+    def sagemaker_environment(self) -> dict[str, str]:
+        """Leads SageMaker's client to the stand-in; the emulator has no SageMaker."""
+        return {"AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint} if self.sagemaker_endpoint else {}
+
+
+def _without_slash(url: str | None) -> str | None:
+    return url.rstrip("/") if url else None

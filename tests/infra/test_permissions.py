@@ -1,0 +1,152 @@
+"""Who may do what: single actions, named resources, and the wildcards that are left."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.infra.templates import Template, Templates, flat
+
+# What is granted on "*", because the service knows no resource for it.
+WITHOUT_RESOURCE = {
+    "xray:PutTraceSegments",
+    "xray:PutTelemetryRecords",
+    "ecr:GetAuthorizationToken",
+    "cloudwatch:PutMetricData",
+}
+
+# Objects by bucket and prefix, and the rest by service.
+FUNCTIONS = {
+    "authorize": {"secretsmanager:GetSecretValue backend/*"},
+    "ingest": {
+        "s3:GetObject Images images/*",
+        "s3:ListBucket Images",
+        "secretsmanager:GetSecretValue label-studio-??????",
+        "dynamodb rw",
+    },
+    "predict": {
+        "s3:GetObject Images images/*",
+        "s3:ListBucket Images",
+        "s3:GetObject Artifacts champions/*",
+        "s3:GetObject Artifacts models/*",
+        "s3:ListBucket Artifacts",
+        "secretsmanager:GetSecretValue label-studio-??????",
+    },
+    "retrain": {
+        "s3:GetObject Artifacts snapshots/*",
+        "s3:GetObject Artifacts champions/*",
+        "s3:ListBucket Artifacts",
+        "s3:PutObject Artifacts snapshots/*",
+        "secretsmanager:GetSecretValue label-studio-??????",
+        "dynamodb rw",
+        "sagemaker:CreateTrainingJob",
+        "sagemaker:DescribeTrainingJob",
+        "sagemaker:StopTrainingJob",
+        "sagemaker:AddTags",
+        "iam:PassRole",
+        "sqs:SendMessage",
+    },
+    "promote": {
+        "s3:GetObject Artifacts training/*",
+        "s3:GetObject Artifacts models/*",
+        "s3:GetObject Artifacts champions/*",
+        "s3:ListBucket Artifacts",
+        "s3:PutObject Artifacts models/*",
+        "s3:PutObject Artifacts champions/*",
+        "dynamodb rw",
+        "events:PutEvents",
+        "sagemaker:CallMlflowAppApi",
+    },
+    "refresh": {
+        "s3:GetObject Artifacts champions/*",
+        "s3:ListBucket Artifacts",
+        "secretsmanager:GetSecretValue label-studio-??????",
+        "dynamodb r",
+    },
+}
+# Every function's own log, traces and queue.
+OF_EVERY_FUNCTION = re.compile(r"logs:|xray:|sqs:(?!SendMessage)")
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def grants(template: Template, role: str) -> set[str]:
+    """A role's statements in the words of the table above."""
+    found = set()
+    for statement in template.statements(role):
+        actions = as_list(statement["Action"])
+        assert statement["Effect"] == "Allow"
+        for resource in map(flat, as_list(statement["Resource"])):
+            for action in actions:
+                service = action.partition(":")[0]
+                bucket = "Images" if "Images" in resource else "Artifacts"
+                if service == "s3":
+                    if action != "s3:AbortMultipartUpload":
+                        found.add(f"{action} {bucket} {resource.partition('/')[2]}".strip())
+                elif service == "secretsmanager":
+                    found.add(f"{action} {resource.partition('/')[2].partition('/')[2]}")
+                elif service == "dynamodb":
+                    found.add("dynamodb rw" if "dynamodb:PutItem" in actions else "dynamodb r")
+                elif not OF_EVERY_FUNCTION.match(action):
+                    found.add(action)
+    return found
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_function_may_do_what_it_does_and_no_more(prod: Templates, function: str) -> None:
+    template = prod.training if function in prod.training.functions else prod.serving
+    (role,) = template.functions[function]["Properties"]["Role"]["Fn::GetAtt"][:1]
+    assert grants(template, role) == FUNCTIONS[function]
+
+
+def test_no_two_functions_share_a_role(either: Templates) -> None:
+    roles = [flat(f["Properties"]["Role"]) for f in either.functions.values()]
+    assert len(roles) == len(set(roles)) == 6
+
+
+def test_a_training_job_may_read_its_inputs_and_write_its_outputs(prod: Templates) -> None:
+    (role,) = (name for name in prod.training.of_type("IAM::Role") if name.startswith("JobsRole"))
+    assert prod.training.resources[role]["Properties"]["AssumeRolePolicyDocument"]["Statement"] == [
+        {"Action": "sts:AssumeRole", "Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}
+    ]
+    objects = {g for g in grants(prod.training, role) if g.startswith(("s3:Put", "s3:Get")) and "*" in g}
+    assert objects == {
+        "s3:GetObject Images images/*",
+        "s3:GetObject Artifacts snapshots/*",
+        "s3:GetObject Artifacts models/*",
+        "s3:GetObject Artifacts checkpoints/*",
+        "s3:PutObject Artifacts training/*",
+        "s3:PutObject Artifacts checkpoints/*",
+    }
+
+
+def test_no_action_is_a_wildcard_and_no_resource_is_everything(either: Templates) -> None:
+    for template in either:
+        for policy in template.of_type("IAM::Policy").values():
+            for statement in policy["Properties"]["PolicyDocument"]["Statement"]:
+                actions = as_list(statement["Action"])
+                assert not [action for action in actions if "*" in action]
+                if "*" in as_list(statement["Resource"]):
+                    assert set(actions) <= WITHOUT_RESOURCE
+
+
+def test_the_jobs_of_another_stage_are_out_of_reach(prod: Templates) -> None:
+    (role,) = prod.training.functions["retrain"]["Properties"]["Role"]["Fn::GetAtt"][:1]
+    (statement,) = (s for s in prod.training.statements(role) if "sagemaker:CreateTrainingJob" in as_list(s["Action"]))
+    assert flat(statement["Resource"]).endswith(":training-job/labelloop-prod-*")
+
+
+def test_only_sagemaker_gets_the_jobs_role(prod: Templates) -> None:
+    (role,) = prod.training.functions["retrain"]["Properties"]["Role"]["Fn::GetAtt"][:1]
+    (statement,) = (s for s in prod.training.statements(role) if s["Action"] == "iam:PassRole")
+    assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
+    assert flat(statement["Resource"]).startswith("<JobsRole")
+
+
+def test_no_secret_stands_in_a_functions_environment(either: Templates) -> None:
+    for function in either.functions.values():
+        assert "resolve:secretsmanager" not in str(function["Properties"]["Environment"])

@@ -1,0 +1,146 @@
+"""The training stack: every asynchronous step is rule, queue, function, dead-letter queue, and nothing gets lost on the way."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.infra.templates import Resource, Template, Templates, flat
+
+WORKERS = {"ingest": (100, 5, 4), "retrain": (10, None, 2), "promote": (10, None, 2), "refresh": (10, None, 2)}
+
+
+def queue_of(template: Template, worker: str) -> tuple[str, Resource]:
+    (name,) = (n for n in template.of_type("SQS::Queue") if n.startswith(f"{worker.capitalize()}Queue"))
+    return name, template.resources[name]
+
+
+def target_bodies(template: Template, worker: str) -> list[Any]:
+    """What the rules put into a worker's queue: a constant, a transformed event, or None for the event as it is."""
+    arn = {"Fn::GetAtt": [queue_of(template, worker)[0], "Arn"]}
+    bodies = []
+    for rule in template.of_type("Events::Rule").values():
+        for target in rule["Properties"]["Targets"]:
+            if target["Arn"] == arn:
+                bodies.append(target.get("InputTransformer") or target.get("Input"))
+    return bodies
+
+
+def rule_of(template: Template, name: str) -> dict[str, Any]:
+    (rule,) = (r for n, r in template.of_type("Events::Rule").items() if n.startswith(name))
+    return dict(rule["Properties"])
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_message_that_fails_for_good_is_kept_and_rings(either: Templates, worker: str) -> None:
+    training = either.training
+    _, queue = queue_of(training, worker)
+    redrive = queue["Properties"]["RedrivePolicy"]
+    assert redrive["maxReceiveCount"] == 5
+    dead_letters = redrive["deadLetterTargetArn"]["Fn::GetAtt"][0]
+    assert training.resources[dead_letters]["Properties"]["MessageRetentionPeriod"] == 14 * 24 * 3600
+    dimension = {"Name": "QueueName", "Value": {"Fn::GetAtt": [dead_letters, "QueueName"]}}
+    alarm = training.only("CloudWatch::Alarm", Dimensions=[dimension])["Properties"]
+    assert alarm["MetricName"] == "ApproximateNumberOfMessagesVisible"
+    assert (alarm["Threshold"], alarm["ComparisonOperator"]) == (1, "GreaterThanOrEqualToThreshold")
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_queue_waits_for_its_function_and_takes_back_single_messages(either: Templates, worker: str) -> None:
+    training = either.training
+    name, queue = queue_of(training, worker)
+    function = training.functions[worker]
+    assert queue["Properties"]["VisibilityTimeout"] >= 6 * function["Properties"]["Timeout"]
+    mapping = training.only("Lambda::EventSourceMapping", EventSourceArn={"Fn::GetAtt": [name, "Arn"]})["Properties"]
+    assert mapping["FunctionName"] == {"Ref": training.id_of(function)}
+    assert mapping["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    size, window, concurrency = WORKERS[worker]
+    assert mapping["BatchSize"] == size
+    assert mapping.get("MaximumBatchingWindowInSeconds") == window
+    assert mapping["ScalingConfig"] == {"MaximumConcurrency": concurrency}
+
+
+def test_queues_are_encrypted_and_refuse_what_comes_without_tls(either: Templates) -> None:
+    training = either.training
+    queues = training.of_type("SQS::Queue")
+    assert len(queues) == 2 * len(WORKERS)
+    for name, queue in queues.items():
+        assert queue["Properties"]["SqsManagedSseEnabled"] is True
+        policies = [
+            p["Properties"] for p in training.of_type("SQS::QueuePolicy").values() if {"Ref": name} in p["Properties"]["Queues"]
+        ]
+        statements = [s for policy in policies for s in policy["PolicyDocument"]["Statement"]]
+        assert any(
+            s["Effect"] == "Deny" and s["Condition"] == {"Bool": {"aws:SecureTransport": "false"}} and s["Action"] == "sqs:*"
+            for s in statements
+        )
+        # Only this stage's rules may send from EventBridge.
+        allowed = [s for s in statements if s["Effect"] == "Allow"]
+        assert all("aws:SourceArn" in json.dumps(s["Condition"]) for s in allowed)
+
+
+def test_an_uploaded_image_goes_to_ingest_as_it_is(either: Templates) -> None:
+    assert target_bodies(either.training, "ingest") == [None]
+    pattern = rule_of(either.training, "ImageUploaded")["EventPattern"]
+    assert pattern["source"] == ["aws.s3"]
+    assert pattern["detail-type"] == ["Object Created"]
+    assert pattern["detail"]["object"] == {"key": [{"prefix": "images/"}]}
+    assert "Images" in flat(pattern["detail"]["bucket"]["name"][0])
+
+
+def test_retrain_is_told_by_the_schedule_and_by_a_jobs_end(either: Templates) -> None:
+    bodies = target_bodies(either.training, "retrain")
+    assert '{"action":"SCHEDULE"}' in bodies
+    (transformed,) = (body for body in bodies if isinstance(body, dict))
+    assert transformed["InputPathsMap"] == {"detail-HyperParameters-model": "$.detail.HyperParameters.model"}
+    assert transformed["InputTemplate"] == '{"model":<detail-HyperParameters-model>,"action":"TRAINING_ENDED"}'
+    assert rule_of(either.training, "Schedule")["ScheduleExpression"] == "rate(5 minutes)"
+
+
+def test_promote_is_told_by_a_jobs_end(either: Templates) -> None:
+    (transformed,) = target_bodies(either.training, "promote")
+    assert transformed["InputTemplate"] == '{"model":<detail-HyperParameters-model>,"job_name":<detail-TrainingJobName>}'
+
+
+@pytest.mark.parametrize(("stage", "sources"), [("prod", ["aws.sagemaker"]), ("local", ["aws.sagemaker", "labelloop.sagemaker"])])
+def test_a_jobs_end_is_one_of_this_stage(stage: str, sources: list[str], request: pytest.FixtureRequest) -> None:
+    templates: Templates = request.getfixturevalue(stage)
+    pattern = rule_of(templates.training, "TrainingEnded")["EventPattern"]
+    assert pattern == {
+        "source": sources,
+        "detail-type": ["SageMaker Training Job State Change"],
+        "detail": {
+            "TrainingJobStatus": ["Completed", "Failed", "Stopped"],
+            "TrainingJobName": [{"prefix": f"labelloop-{stage}-"}],
+        },
+    }
+
+
+def test_refresh_is_told_of_a_promotion_with_a_number_for_a_version(either: Templates) -> None:
+    (transformed,) = target_bodies(either.training, "refresh")
+    assert transformed["InputTemplate"] == '{"model":<detail-model>,"version":<detail-version>}'
+    rule = rule_of(either.training, "ModelPromoted")
+    assert rule["EventPattern"] == {"source": ["labelloop"], "detail-type": ["ModelPromoted"]}
+    assert "EventBus" in flat(rule["EventBusName"])
+
+
+def test_the_training_job_gets_its_code_whole_and_clean(either: Templates) -> None:
+    assets = json.loads((either.training.folder / f"{_stack_name(either)}.assets.json").read_text())["files"]
+    (path,) = (either.training.folder / f["source"]["path"] for f in assets.values() if f["displayName"] == "Jobs/Code")
+    assert sorted(p.name for p in path.iterdir()) == ["labelloop", "model_configs", "training_jobs"]
+    assert (path / "labelloop" / "imaging.py").is_file()
+    assert (path / "model_configs" / "digits" / "model.py").is_file()
+    assert not [p for p in path.rglob("*") if p.name == "__pycache__" or p.suffix == ".pyc"]
+
+
+def test_the_training_image_is_awss_own_for_the_region(prod: Templates) -> None:
+    image = flat(prod.training.functions["retrain"]["Properties"]["Environment"]["Variables"]["LABELLOOP_TRAINING_IMAGE"])
+    assert ".dkr.ecr." in image
+    assert image.endswith("/pytorch:2.14-cu133-amzn2023-sagemaker")
+
+
+def _stack_name(templates: Templates) -> str:
+    (manifest,) = templates.training.folder.glob("*-training.assets.json")
+    return manifest.name.removesuffix(".assets.json")

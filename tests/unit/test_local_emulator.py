@@ -1,0 +1,193 @@
+"""The emulator as labelloop starts it, and that what it puts right in ministack is still wrong without it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from local import emulator
+from local.environment import aws_client
+from local.processes import answers, free_port, start, stop, wait_until_ready
+from local.toolchain import find_uv, tool_environment
+
+LAMBDA_TRUST = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}, "Action": "sts:AssumeRole"}],
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    endpoint: str
+    function_logs: Path
+
+    def client(self, service: str) -> Any:
+        return aws_client(service, self.endpoint)
+
+
+def run(folder: Path, *, patched: bool = True) -> Iterator[Running]:
+    port = free_port()
+    command = emulator.command(find_uv(), sys.executable)
+    if not patched:
+        command = [*command[: command.index("python")], "python", "-m", "ministack"]
+    settings = emulator.environment(port, folder, folder / "functions")
+    for name in ("STATE_DIR", "S3_DATA_DIR", "TMPDIR"):
+        Path(settings[name]).mkdir(parents=True, exist_ok=True)
+    started = start("emulator", command, log=folder / "log", environment={**tool_environment(), **settings}, folder=folder)
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(started, lambda: answers(endpoint + emulator.READY_PATH), limit_s=180)
+        yield Running(endpoint, folder / "functions")
+    finally:
+        stop([started.record], grace_s=20)
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from run(tmp_path_factory.mktemp("patched"))
+
+
+@pytest.fixture(scope="module")
+def unpatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from run(tmp_path_factory.mktemp("unpatched"), patched=False)
+
+
+def create_function(running: Running, name: str, code: str) -> Callable[[], dict[str, Any]]:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("index.py", code)
+    role = running.client("iam").create_role(RoleName=f"role-{name}", AssumeRolePolicyDocument=json.dumps(LAMBDA_TRUST))["Role"]
+    client = running.client("lambda")
+    client.create_function(
+        FunctionName=name, Runtime="python3.13", Role=role["Arn"], Handler="index.handler", Code={"ZipFile": archive.getvalue()}
+    )
+    return lambda: json.loads(client.invoke(FunctionName=name)["Payload"].read())
+
+
+def client_of_a_user(running: Running) -> Any:
+    """An S3 client whose bucket policies count; those of the account's root do not."""
+    iam = running.client("iam")
+    iam.create_user(UserName="reader")
+    allow = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+    iam.put_user_policy(UserName="reader", PolicyName="all", PolicyDocument=json.dumps(allow))
+    key = iam.create_access_key(UserName="reader")["AccessKey"]
+    return boto3.client(
+        "s3",
+        endpoint_url=running.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=key["AccessKeyId"],
+        aws_secret_access_key=key["SecretAccessKey"],
+    )
+
+
+def make_bucket_that_wants_tls(running: Running, name: str) -> None:
+    s3 = running.client("s3")
+    s3.create_bucket(Bucket=name)
+    statement = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:*",
+        "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"],
+        "Condition": {"Bool": {"aws:SecureTransport": "false"}},
+    }
+    s3.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]}))
+
+
+def test_loopback_counts_as_tls(patched: Running) -> None:
+    make_bucket_that_wants_tls(patched, "guarded")
+    s3 = client_of_a_user(patched)
+    s3.put_object(Bucket="guarded", Key="a", Body=b"1")
+    assert s3.get_object(Bucket="guarded", Key="a")["Body"].read() == b"1"
+
+
+def test_without_the_patch_loopback_is_denied(unpatched: Running) -> None:
+    make_bucket_that_wants_tls(unpatched, "guarded")
+    unpatched.client("s3").create_bucket(Bucket="open")
+    s3 = client_of_a_user(unpatched)
+    s3.put_object(Bucket="open", Key="a", Body=b"1")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        s3.put_object(Bucket="guarded", Key="a", Body=b"1")
+
+
+BROKEN = "import sys\nprint('the layer lacks a file', file=sys.stderr)\nsys.stderr.flush()\nraise ImportError('gone')\n"
+
+
+def logged_in_cloudwatch(running: Running, function: str) -> str:
+    events = running.client("logs").filter_log_events(logGroupName=f"/aws/lambda/{function}")["events"]
+    return "\n".join(event["message"] for event in events)
+
+
+def test_what_a_function_writes_while_it_fails_to_start_is_kept(patched: Running) -> None:
+    invoke = create_function(patched, "broken", BROKEN)
+    assert "gone" in invoke()["errorMessage"]
+    log = patched.function_logs / "broken.log"
+    deadline = time.monotonic() + 30
+    while not (log.exists() and "the layer lacks a file" in log.read_text()):
+        assert time.monotonic() < deadline, "the function's log does not hold what it wrote"
+        time.sleep(0.05)
+
+
+def test_without_the_patch_it_is_lost(unpatched: Running) -> None:
+    invoke = create_function(unpatched, "broken", BROKEN)
+    assert "gone" in invoke()["errorMessage"]
+    assert "the layer lacks a file" not in logged_in_cloudwatch(unpatched, "broken")
+    assert not list(unpatched.function_logs.glob("*"))
+
+
+SEEN = """
+import importlib.util, os, sys
+def handler(event, context):
+    names = ("labelloop", "local", "infra_cdk", "mlflow", "torch", "numpy", "boto3")
+    return {"path": sys.path, "environment": dict(os.environ), "found": [n for n in names if importlib.util.find_spec(n)]}
+"""
+
+
+def test_functions_see_neither_the_project_nor_the_users_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = str(Path(emulator.__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", repository)
+    monkeypatch.setenv("LABELLOOP_IMAGES_BUCKET", "not-from-the-stack")
+    monkeypatch.setenv("SECRET_OF_THE_USER", "x")
+    for running in run(tmp_path):
+        seen = create_function(running, "seen", SEEN)()
+    assert seen["found"] == ["boto3"]  # as in Lambda's own Python
+    assert not [path for path in seen["path"] if path.startswith(repository)]
+    assert not {"PYTHONPATH", "LABELLOOP_IMAGES_BUCKET", "SECRET_OF_THE_USER", "VIRTUAL_ENV"} & set(seen["environment"])
+
+
+def test_a_function_without_a_grant_is_denied(patched: Running) -> None:
+    patched.client("s3").create_bucket(Bucket="private")
+    code = "import botocore.session\ndef handler(event, context):\n"
+    code += "    botocore.session.get_session().create_client('s3').put_object(Bucket='private', Key='a', Body=b'')\n"
+    assert "AccessDenied" in create_function(patched, "nosy", code)()["errorMessage"]
+
+
+def test_state_survives_a_stop(tmp_path: Path) -> None:
+    for running in run(tmp_path):
+        s3, sqs, tables = (running.client(service) for service in ("s3", "sqs", "dynamodb"))
+        s3.create_bucket(Bucket="kept")
+        s3.put_object(Bucket="kept", Key="ä b/1.png", Body=b"pixels")
+        sqs.send_message(QueueUrl=sqs.create_queue(QueueName="kept")["QueueUrl"], MessageBody="waiting")
+        tables.create_table(
+            TableName="kept",
+            KeySchema=[{"AttributeName": "model", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "model", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+        tables.put_item(TableName="kept", Item={"model": {"S": "digits"}})
+    for running in run(tmp_path):
+        s3, sqs, tables = (running.client(service) for service in ("s3", "sqs", "dynamodb"))
+        assert s3.get_object(Bucket="kept", Key="ä b/1.png")["Body"].read() == b"pixels"
+        url = sqs.get_queue_url(QueueName="kept")["QueueUrl"]
+        assert [message["Body"] for message in sqs.receive_message(QueueUrl=url)["Messages"]] == ["waiting"]
+        assert tables.get_item(TableName="kept", Key={"model": {"S": "digits"}})["Item"] == {"model": {"S": "digits"}}
