@@ -36,8 +36,7 @@ def measure(runs: int) -> dict[str, dict[str, float]]:
         site = Path(boto3.__file__).parent.parent
         for name in ("boto3", "botocore", "s3transfer", "jmespath", "dateutil", "six.py", "urllib3"):
             (Path(runtime) / name).symlink_to(site / name)
-        layers = {name: DependencyBuild(requirements=LAYERS / name / "requirements.txt", platform=host_platform()).folder() / "python"
-                  for name in ("core", "inference")}  # fmt: skip
+        layers = {name: _layer(name) for name in ("core", "inference")}
         commands = {"floor": ("import numpy, onnxruntime", [layers["inference"]])}
         for function in sorted(path.parent.name for path in FUNCTIONS.glob("*/handler.py")):
             path = [FUNCTIONS / function, LIBRARY.parent, layers["core"], Path(runtime)]
@@ -58,6 +57,10 @@ def measure(runs: int) -> dict[str, dict[str, float]]:
         }
         for name, values in times.items()
     }
+
+
+def _layer(name: str) -> Path:
+    return DependencyBuild(requirements=LAYERS / name / "requirements.txt", platform=host_platform()).folder() / "python"
 
 
 def _run(code: str, path: list[Path]) -> float:

@@ -119,7 +119,7 @@ class Demo:
                 if refusal:
                     refused.append(f"{name}: {refusal}")
 
-            images: list[tuple[str, Callable[[], bytes]]] = [(digit.name, partial(getattr, digit, "png")) for digit in data]
+            images: list[tuple[str, Callable[[], bytes]]] = [(digit.name, partial(bytes, digit.png)) for digit in data]
             upload(deployment.images, folder.config.images_prefix, images, done)
         if refused:
             raise ServiceError(f"{len(refused)} images were refused: {refused[0]}")
@@ -145,7 +145,12 @@ class Demo:
                 if head.failure and head.failure.n_annotations == annotations:
                     log = self._stack.job_log(head.failure.job_name)
                     raise LocalServiceError("training", f"{head.failure.job_name} failed: {head.failure.reason}", log)
-                line = self._training_progress(head.running.job_name) if head.running else "waiting for the webhook's effect"
+                if head.running:
+                    line = self._training_progress(head.running.job_name)
+                elif head.trained and head.trained.n_annotations == annotations:
+                    line = "trained; the promotion gate decides"
+                else:
+                    line = "waiting for the webhook's effect"
                 if line != last:
                     self._say("training", line)
                     last = line
@@ -159,7 +164,7 @@ class Demo:
     def _wait_for_label_studio(self, deployment: Deployment, project: int, version: int) -> None:
         title = version_string(MODEL, version)
         with self._progressing("refresh") as progress:
-            while all(backend["title"] != title for backend in deployment.label_studio.backends(project)):
+            while deployment.label_studio.model_version(project) != title:
                 progress(title)
 
     def _note(self, deployment: Deployment, promotion: Promotion, served: float) -> None:

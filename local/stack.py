@@ -173,6 +173,11 @@ class LaptopStack:
             home=home.absolute(),
         )
 
+    def pids(self) -> dict[str, int]:
+        """The process of each part that was started; its own children do not count."""
+        record = _read(self.home)
+        return {part: process.pid for part, process in record.processes.items()} if record else {}
+
     def job_log(self, job_name: str) -> Path:
         """What a training job has written so far; the file appears when its process starts."""
         return self._logs / "jobs" / f"{job_name}.log"

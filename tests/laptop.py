@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory, model_configs: Path) -> Itera
             upload(
                 deployment.images,
                 folder.config.images_prefix,
-                [(digit.name, lambda png=digit.png: png) for digit in data],
+                [(digit.name, partial(bytes, digit.png)) for digit in data],
                 lambda name, refusal: refused.update({name: refusal} if refusal else {}),
             )
             assert refused == {}

@@ -13,7 +13,7 @@ from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.artifacts import Bucket
-from labelloop.errors import ServiceError
+from labelloop.errors import LabelloopError, ServiceError
 from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
@@ -50,7 +50,11 @@ def promoter() -> Promoter:
 
 def decide(record: SQSRecord) -> None:
     signal = msgspec.json.decode(record.body, type=PromoteSignal)
-    promotion = promoter().decide(signal.model, signal.job_name)
+    try:
+        promotion = promoter().decide(signal.model, signal.job_name)
+    except LabelloopError as error:
+        logger.error("comes again", model=signal.model, reason=str(error), error=type(error).__name__)
+        raise
     if promotion is None:
         logger.info("no model to decide about", model=signal.model, job_name=signal.job_name)
     else:

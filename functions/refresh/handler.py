@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import msgspec
@@ -12,8 +13,9 @@ from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.artifacts import Bucket, Champions
+from labelloop.credentials import backend_password
+from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
-from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
 from labelloop.records import ModelPromoted
 from labelloop.refresh import refresh
@@ -24,14 +26,23 @@ processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
 
 
 @cache
-def parts() -> tuple[Champions, Ledger, LabelStudioClient]:
+def refresher() -> Callable[[str], str]:
     settings = Settings()
-    return Champions(Bucket(settings.artifacts_bucket)), Ledger(settings.ledger_table), connect(settings)
+    champions, ledger, label_studio = (
+        Champions(Bucket(settings.artifacts_bucket)),
+        Ledger(settings.ledger_table),
+        connect(settings),
+    )
+    return lambda model: refresh(model, champions, ledger, label_studio, partial(backend_password, settings))
 
 
 def take(record: SQSRecord) -> None:
     promoted = msgspec.json.decode(record.body, type=ModelPromoted)
-    title = refresh(promoted.model, *parts())
+    try:
+        title = refresher()(promoted.model)
+    except LabelloopError as error:
+        logger.error("comes again", model=promoted.model, reason=str(error), error=type(error).__name__)
+        raise
     logger.info("refreshed", model=promoted.model, version=title)
 
 

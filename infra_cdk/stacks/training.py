@@ -19,7 +19,7 @@ from infra_cdk.constructs.layers import Layers
 from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
 from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.queue_worker import QueueWorker
-from infra_cdk.constructs.secrets import allow_reading_label_studio_secret
+from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
 from infra_cdk.constructs.training_jobs import TrainingJobs
 from infra_cdk.stacks.environment import label_studio_environment
 from infra_cdk.stacks.outputs import output
@@ -133,12 +133,14 @@ class TrainingStack(cdk.Stack):
             environment={
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                "LABELLOOP_BACKEND_SECRET_PREFIX": self._stage.backend_secret_prefix,
                 **label_studio_environment(self._stage),
             },
         )
         allow_reading_objects(role, self._state.artifacts, "champions/")
         allow_reading_ledger(role, self._state.ledger)
         allow_reading_label_studio_secret(role, stage=self._stage)
+        allow_reading_backend_secrets(role, stage=self._stage)  # a change of the backend signs in again
 
     def _function(
         self, name: str, worker: QueueWorker, *, description: str, memory_mb: int, environment: dict[str, str]
@@ -215,6 +217,19 @@ class TrainingStack(cdk.Stack):
                     message=events.RuleTargetInput.from_object(
                         {"model": field("$.detail.model"), "version": field("$.detail.version")}
                     ),
+                )
+            ],
+        )
+        events.Rule(
+            self,
+            "VersionJudged",
+            description="the promotion gate decided: the next training may start",
+            event_bus=self._state.event_bus,
+            event_pattern=events.EventPattern(source=["labelloop"], detail_type=["ModelPromoted", "ModelKept"]),
+            targets=[
+                targets.SqsQueue(
+                    retrain.queue,
+                    message=events.RuleTargetInput.from_object({"model": field("$.detail.model"), "action": "VERSION_JUDGED"}),
                 )
             ],
         )

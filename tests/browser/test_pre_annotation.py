@@ -38,10 +38,10 @@ def page(loop: Loop) -> Iterator[Page]:
 
 
 def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, first_version: Promotion, page: Page) -> None:
-    titles = loop.deployment.label_studio
-    wait_for(lambda: titles.backends(loop.project)[0]["title"] == "digits v1", 60, "Label Studio knows version 1")
+    label_studio = loop.deployment.label_studio
+    wait_for(lambda: label_studio.model_version(loop.project) == "digits v1", 60, "Label Studio knows version 1")
     digit = loop.data[-1]
-    task = titles.images(loop.project, "image")[loop.address(digit)]
+    task = label_studio.images(loop.project, "image")[loop.address(digit)]
     page.goto(f"{loop.deployment.label_studio_url}/projects/{loop.project}/data?task={task}")
     submit = page.get_by_role("button", name="Submit current annotation")
     expect(submit).to_be_visible(timeout=30_000)
@@ -59,6 +59,7 @@ def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, 
         submit.click()
     assert answer.value.status == 201
     sent = answer.value.request.post_data_json
+    assert sent, "nothing was sent"
     assert sent["parent_prediction"], "the annotation does not say which prediction it came from"
     assert loop.annotated == before + 1
     # The webhook went API Gateway → queue → retrain: its log has a look at exactly this count.

@@ -63,6 +63,7 @@ FUNCTIONS = {
         "s3:GetObject Artifacts champions/*",
         "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
+        "secretsmanager:GetSecretValue backend/*",
         "dynamodb r",
     },
 }

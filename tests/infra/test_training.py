@@ -90,12 +90,18 @@ def test_an_uploaded_image_goes_to_ingest_as_it_is(either: Templates) -> None:
     assert "Images" in flat(pattern["detail"]["bucket"]["name"][0])
 
 
-def test_retrain_is_told_by_the_schedule_and_by_a_jobs_end(either: Templates) -> None:
+def test_retrain_is_told_by_the_schedule_by_a_jobs_end_and_by_the_gates_decision(either: Templates) -> None:
     bodies = target_bodies(either.training, "retrain")
     assert '{"action":"SCHEDULE"}' in bodies
-    (transformed,) = (body for body in bodies if isinstance(body, dict))
-    assert transformed["InputPathsMap"] == {"detail-HyperParameters-model": "$.detail.HyperParameters.model"}
-    assert transformed["InputTemplate"] == '{"model":<detail-HyperParameters-model>,"action":"TRAINING_ENDED"}'
+    transformed = {body["InputTemplate"]: body["InputPathsMap"] for body in bodies if isinstance(body, dict)}
+    assert transformed == {
+        '{"model":<detail-HyperParameters-model>,"action":"TRAINING_ENDED"}': {
+            "detail-HyperParameters-model": "$.detail.HyperParameters.model"
+        },
+        '{"model":<detail-model>,"action":"VERSION_JUDGED"}': {"detail-model": "$.detail.model"},
+    }
+    judged = rule_of(either.training, "VersionJudged")
+    assert judged["EventPattern"] == {"source": ["labelloop"], "detail-type": ["ModelPromoted", "ModelKept"]}
     assert rule_of(either.training, "Schedule")["ScheduleExpression"] == "rate(5 minutes)"
 
 

@@ -69,19 +69,14 @@ def rows(
 
 
 def snapshot(model: str, rows: list[ManifestRow], skipped: dict[str, int], *, uri_of: str) -> tuple[Snapshot, bytes]:
-    """Freeze rows into a snapshot and its manifest (JSON lines). `uri_of` is the manifest's address with `{digest}` in it.
-
-    The digest covers what training reads (image, content, label, split), not task ids, which Label Studio uses again.
-    """
+    """Freeze rows into a snapshot and its manifest (JSON lines). `uri_of` is the manifest's address with `{digest}` in it."""
     manifest = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(msgspec.json.encode([row.sha256, row.image, row.label, row.split]) + b"\n")
+    digest = hashlib.sha256(manifest).hexdigest()
     counts = Counter(row.split for row in rows)
     frozen = Snapshot(
         model=model,
-        digest=digest.hexdigest(),
-        manifest=uri_of.format(digest=digest.hexdigest()),
+        digest=digest,
+        manifest=uri_of.format(digest=digest),
         n_annotations=len(rows),
         n_train=counts["train"],
         n_validation=counts["validation"],

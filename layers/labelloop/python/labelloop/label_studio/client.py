@@ -56,6 +56,10 @@ class LabelStudioClient:
         answer = self._json("GET", f"/api/projects/{project}?include=id,task_number,num_tasks_with_annotations")
         return {"tasks": int(answer["task_number"]), "annotated": int(answer["num_tasks_with_annotations"])}
 
+    def model_version(self, project: int) -> str:
+        """The version whose predictions the project shows and orders tasks by: the title of its backend."""
+        return str(self._json("GET", f"/api/projects/{project}?include=id,model_version")["model_version"])
+
     def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
         """Every annotated task with its annotations, in one consistent answer."""
         body = self._request("GET", f"/api/projects/{project}/export?exportType=JSON", timeout=_EXPORT_TIMEOUT)
@@ -105,10 +109,13 @@ class LabelStudioClient:
         answer = self._json("GET", f"/api/ml?project={project}")
         return list(answer)
 
-    def rename_backend(self, backend: dict[str, Any], title: str) -> None:
-        """Give a backend a new title; `project.model_version`, which uncertainty sampling compares, moves along."""
-        change = {"project": backend["project"], "url": backend["url"], "title": title}
-        self._json("PATCH", f"/api/ml/{backend['id']}", change)
+    def rename_backend(self, backend: dict[str, Any], title: str, password: str) -> None:
+        """Give a backend a new title; `project.model_version`, which uncertainty sampling compares, moves along.
+
+        Label Studio signs in to the backend with what the change holds, so the credentials have to come along.
+        """
+        change = {name: backend[name] for name in ("project", "url", "auth_method", "basic_auth_user")}
+        self._json("PATCH", f"/api/ml/{backend['id']}", {**change, "basic_auth_pass": password, "title": title})
 
     def download(self, path: str, *, limit: int) -> bytes:
         """A file that Label Studio itself holds (`/data/…`), up to `limit` bytes."""

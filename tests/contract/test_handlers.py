@@ -1,0 +1,334 @@
+"""The other functions as Lambda calls them: partial batch failures, policies, and what happens to a message that is none."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from labelloop import artifacts
+from labelloop.artifacts import Bucket, Champions
+from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError
+from labelloop.ledger import Ledger
+from labelloop.retrain import Outcome
+from tests import examples
+from tests.examples import LambdaContext, sqs_event
+from tests.recording_server import Answer, RecordingServer, Request, serving
+
+
+def failures(answer: Any) -> list[str]:
+    assert answer.keys() == {"batchItemFailures"}
+    return [entry["itemIdentifier"] for entry in answer["batchItemFailures"]]
+
+
+@pytest.mark.parametrize("file", sorted(examples.REPOSITORY.glob("functions/*/handler.py")), ids=lambda file: file.parent.name)
+def test_no_log_field_has_a_name_that_logging_keeps_for_itself(file: Path) -> None:
+    """`logger.info("…", created=1)` raises a KeyError, and only when it logs."""
+    taken = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    logs = [call for call in calls if ast.unparse(call.func).startswith("logger.") and call.keywords]
+    assert logs
+    fields = {keyword.arg for call in logs for keyword in call.keywords} - {"exc_info", "stack_info"}
+    assert not fields & taken
+
+
+# retrain
+
+
+class Reconciler:
+    """Writes down what it is asked; fails for the models that it is told to."""
+
+    def __init__(self, **errors: Exception) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self._errors = errors
+
+    def reconcile(self, model: str, *, asked: bool = False) -> Outcome:
+        self.asked.append((model, asked))
+        if model in self._errors:
+            raise self._errors[model]
+        return Outcome(None, "nothing to do")
+
+
+def retrain(monkeypatch: pytest.MonkeyPatch, reconciler: Reconciler, *bodies: Any) -> list[str]:
+    handler = examples.load_handler("retrain")
+    monkeypatch.setattr(handler, "reconciler", lambda: reconciler)
+    return failures(handler.handler(sqs_event(*bodies), LambdaContext()))
+
+
+def signal(model: str, action: str = "ANNOTATION_CREATED") -> dict[str, str]:
+    return {"model": model, "action": action}
+
+
+def test_many_signals_of_a_model_are_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler()
+    assert retrain(monkeypatch, reconciler, *[signal("digits")] * 5, signal("faces")) == []
+    assert reconciler.asked == [("digits", False), ("faces", False)]
+
+
+def test_one_press_of_the_button_among_many_signals_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler()
+    retrain(monkeypatch, reconciler, signal("digits"), signal("digits", "START_TRAINING"), signal("digits"), signal("faces"))
+    assert reconciler.asked == [("digits", True), ("faces", False)]
+
+
+def test_the_schedule_looks_at_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler()
+    assert retrain(monkeypatch, reconciler, {"action": "SCHEDULE"}) == []
+    assert [model for model, _ in reconciler.asked] == examples.CONFIGS.names
+
+
+def test_only_the_messages_of_the_model_that_failed_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler(faces=LabelStudioError("down"))
+    assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces"), signal("faces")) == ["m1", "m2"]
+    assert len(reconciler.asked) == 2
+
+
+@pytest.mark.parametrize("body", ["no json", "[]", "{}", '{"action": null}', '{"model": 3, "action": "x"}', ""])
+def test_a_message_that_is_no_signal_fails_alone(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    reconciler = Reconciler()
+    assert retrain(monkeypatch, reconciler, body, signal("digits")) == ["m0"]
+    assert reconciler.asked == [("digits", False)]
+
+
+def test_a_model_that_is_not_set_up_yet_fills_no_dead_letter_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule asks about all models, also those that nobody has set up; the next one asks again."""
+    assert retrain(monkeypatch, Reconciler(digits=NotSetUpError("not yet")), {"action": "SCHEDULE"}) == []
+
+
+def test_the_reconciler_is_wired_from_the_environment(aws: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = boto3.client("sqs").create_queue(QueueName=f"promote-{uuid.uuid4().hex}")["QueueUrl"]
+    secret = f"labelloop/test/{uuid.uuid4().hex}"
+    boto3.client("secretsmanager").create_secret(Name=secret, SecretString=json.dumps({"token": "0123456789abcdef"}))
+    for name, value in {
+        "STAGE": "test",
+        "ARTIFACTS_BUCKET": "artifacts",
+        "IMAGES_BUCKET": "images",
+        "LEDGER_TABLE": ledger._table,
+        "LABEL_STUDIO_URL": "http://127.0.0.1:9",
+        "LABEL_STUDIO_SECRET": secret,
+        "PROMOTE_QUEUE": queue,
+    }.items():
+        monkeypatch.setenv(f"LABELLOOP_{name}", value)
+    handler = examples.load_handler("retrain")
+    assert failures(handler.handler(sqs_event(signal("digits")), LambdaContext())) == [], "not set up"
+    handler.reconciler()._recall_promotion("digits", "job-1")
+    [message] = boto3.client("sqs").receive_message(QueueUrl=queue)["Messages"]
+    assert json.loads(str(message.get("Body"))) == {"model": "digits", "job_name": "job-1"}
+
+
+def test_a_missing_setting_brings_the_messages_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LABELLOOP_STAGE", raising=False)
+    handler = examples.load_handler("retrain")
+    assert failures(handler.handler(sqs_event(signal("digits")), LambdaContext())) == ["m0"]
+
+
+# ingest
+
+
+@pytest.fixture
+def label_studio(aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingServer]:
+    """A Label Studio whose token lies in the stage's secret."""
+    secret = f"labelloop/test/{uuid.uuid4().hex}"
+    boto3.client("secretsmanager").create_secret(Name=secret, SecretString=json.dumps({"token": "0123456789abcdef"}))
+    with serving() as server:
+        monkeypatch.setenv("LABELLOOP_LABEL_STUDIO_URL", server.url)
+        monkeypatch.setenv("LABELLOOP_LABEL_STUDIO_SECRET", secret)
+        yield server
+
+
+def test_ingest_reports_only_what_shall_come_again(
+    bucket: Bucket, ledger: Ledger, label_studio: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABELLOOP_IMAGES_BUCKET", bucket.name)
+    monkeypatch.setenv("LABELLOOP_LEDGER_TABLE", ledger._table)
+    ledger.set_project("digits", 3)
+    bucket.put("images/digits/good.png", examples.png(1))
+    bucket.put("images/digits/broken.png", examples.png(2)[:40])
+
+    def imports(request: Request) -> Answer:
+        return Answer(201, {"task_ids": list(range(len(request.json)))})
+
+    label_studio.answer = imports
+    handler = examples.load_handler("ingest")
+
+    def deliver(*names: str) -> list[str]:
+        events = [{"detail": {"object": {"key": f"images/digits/{name}"}}} for name in names]
+        return failures(handler.handler(sqs_event(*events), LambdaContext()))
+
+    assert deliver("good.png", "broken.png", "gone.png") == []
+    assert label_studio.paths == ["POST /api/projects/3/import?return_task_ids=true"]
+    assert [task["data"]["image"] for task in label_studio.requests[0].json] == [f"s3://{bucket.name}/images/digits/good.png"]
+
+    bucket.put("images/digits/late.png", examples.png(3))
+    label_studio.answer = lambda _: Answer(500)
+    assert deliver("good.png", "late.png") == ["m1"]
+
+
+@pytest.mark.parametrize("secret", ['{"token": ""}', "{}", "no json", "[]"])
+def test_a_secret_without_a_token_is_an_error_that_names_it(
+    label_studio: RecordingServer, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    from labelloop.label_studio.access import connect
+    from labelloop.settings import Settings
+
+    name = f"labelloop/test/{uuid.uuid4().hex}"
+    boto3.client("secretsmanager").create_secret(Name=name, SecretString=secret)
+    monkeypatch.setenv("LABELLOOP_LABEL_STUDIO_SECRET", name)
+    with pytest.raises(LabelStudioError, match=name):
+        connect(Settings())
+    monkeypatch.setenv("LABELLOOP_LABEL_STUDIO_SECRET", name + "-missing")
+    with pytest.raises(LabelStudioError, match="missing"):
+        connect(Settings())
+
+
+# authorize
+
+
+@pytest.fixture
+def authorize(aws: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], dict[str, Any]]:
+    prefix = f"labelloop/{uuid.uuid4().hex}/backend/"
+    secrets: Any = boto3.client("secretsmanager")
+    for model in ("digits", "faces"):
+        secrets.create_secret(Name=prefix + model, SecretString=json.dumps({"username": model, "password": f"{model}-password"}))
+    monkeypatch.setenv("LABELLOOP_BACKEND_SECRET_PREFIX", prefix)
+    handler = examples.load_handler("authorize")
+    arn = "arn:aws:execute-api:us-east-1:000000000000:abc123/v1/POST/digits/predict"
+
+    def ask(headers: dict[str, str]) -> dict[str, Any]:
+        answer: dict[str, Any] = handler.handler({"type": "REQUEST", "methodArn": arn, "headers": headers}, LambdaContext())
+        return answer
+
+    return ask
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize("header", ["Authorization", "authorization", "AUTHORIZATION"])
+def test_the_models_own_secret_opens_its_path(authorize: Callable[[dict[str, str]], dict[str, Any]], header: str) -> None:
+    policy = authorize({"Host": "api", header: basic("digits", "digits-password")})
+    assert policy["policyDocument"]["Statement"] == [
+        {
+            "Action": "execute-api:Invoke",
+            "Effect": "Allow",
+            "Resource": "arn:aws:execute-api:us-east-1:000000000000:abc123/v1/*/digits/*",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("user", "password"),
+    [("digits", "faces-password"), ("faces", "digits-password"), ("digits", ""), ("unknown", "digits-password")],
+)
+def test_wrong_credentials_are_denied(authorize: Callable[[dict[str, str]], dict[str, Any]], user: str, password: str) -> None:
+    statement = authorize({"Authorization": basic(user, password)})["policyDocument"]["Statement"][0]
+    assert statement["Effect"] == "Deny"
+
+
+def test_another_models_credentials_open_only_its_own_path(authorize: Callable[[dict[str, str]], dict[str, Any]]) -> None:
+    """The policy is kept for an hour for every path, so it is API Gateway that answers 403 here."""
+    statement = authorize({"Authorization": basic("faces", "faces-password")})["policyDocument"]["Statement"][0]
+    assert statement["Effect"] == "Allow"
+    assert statement["Resource"].endswith("/v1/*/faces/*")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": ""}, {"Authorization": "Bearer x"}, {"Authorization": "Basic é"}])
+def test_without_credentials_the_answer_is_the_word_that_means_401(
+    authorize: Callable[[dict[str, str]], dict[str, Any]], headers: dict[str, str]
+) -> None:
+    with pytest.raises(Exception, match=r"^Unauthorized$"):
+        authorize(headers)
+
+
+# promote, refresh
+
+
+def test_promote_decides_tells_mlflow_and_announces(bucket: Bucket, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, queue = heard_bus()
+    with serving() as mlflow:
+        for name, value in {
+            "ARTIFACTS_BUCKET": bucket.name,
+            "LEDGER_TABLE": ledger._table,
+            "MLFLOW_TRACKING_URI": mlflow.url,
+            "EVENT_BUS": bus,
+        }.items():
+            monkeypatch.setenv(f"LABELLOOP_{name}", value)
+        report = examples.evaluation(1, 0.9, job_name="job-1")
+        bucket.put(artifacts.training_archive_key("digits", "job-1"), examples.model_archive(report))
+        handler = examples.load_handler("promote")
+        messages = [
+            {"model": "digits", "job_name": "job-1"},
+            {"model": "digits", "job_name": "failed-job"},
+            "no json",
+            {"model": "x"},
+        ]
+        assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m2", "m3"]
+        champion = Champions(bucket).read("digits")
+        assert champion is not None
+        assert champion.version == 1
+        assert mlflow.requests
+        event = heard(queue)
+        assert (event["source"], event["detail-type"]) == ("labelloop", "ModelPromoted")
+        assert (event["detail"]["model"], event["detail"]["version"]) == ("digits", 1)
+
+        mlflow.answer = lambda _: Answer(500)
+        assert failures(handler.handler(sqs_event(messages[0]), LambdaContext())) == ["m0"], "it comes again until MLflow knows"
+
+
+def heard_bus() -> tuple[str, str]:
+    """An event bus and a queue that hears all of it."""
+    name = f"test-{uuid.uuid4().hex}"
+    events, sqs = boto3.client("events"), boto3.client("sqs")
+    queue = sqs.create_queue(QueueName=name)["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    events.create_event_bus(Name=name)
+    events.put_rule(Name=name, EventBusName=name, EventPattern=json.dumps({"source": ["labelloop"]}))
+    events.put_targets(Rule=name, EventBusName=name, Targets=[{"Id": "queue", "Arn": arn}])
+    return name, queue
+
+
+def heard(queue: str) -> Any:
+    [message] = boto3.client("sqs").receive_message(QueueUrl=queue, WaitTimeSeconds=10)["Messages"]
+    return json.loads(str(message.get("Body")))
+
+
+def test_a_promotion_that_lost_a_race_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Promoter:
+        def decide(self, model: str, job_name: str) -> None:
+            if job_name == "loser":
+                raise ConflictError("somebody else was first")
+
+    handler = examples.load_handler("promote")
+    monkeypatch.setattr(handler, "promoter", Promoter)
+    messages = [{"model": "digits", "job_name": name} for name in ("winner", "loser")]
+    assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1"]
+
+
+def test_refresh_renames_the_backend_to_what_serves_now(
+    bucket: Bucket, ledger: Ledger, label_studio: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABELLOOP_ARTIFACTS_BUCKET", bucket.name)
+    monkeypatch.setenv("LABELLOOP_LEDGER_TABLE", ledger._table)
+    prefix = f"labelloop/test/{uuid.uuid4().hex}/"
+    boto3.client("secretsmanager").create_secret(Name=f"{prefix}digits", SecretString=json.dumps({"password": "its own"}))
+    monkeypatch.setenv("LABELLOOP_BACKEND_SECRET_PREFIX", prefix)
+    ledger.set_project("digits", 3)
+    Champions(bucket).swap(examples.champion(5), tag=None)
+    backend = {"id": 9, "project": 3, "url": "http://api/v1/digits", "title": "digits v0"}
+    backend |= {"auth_method": "BASIC_AUTH", "basic_auth_user": "digits"}
+    label_studio.answer = lambda request: Answer(body=[backend] if request.method == "GET" else {})
+    handler = examples.load_handler("refresh")
+    messages = [{"model": "digits", "version": 4}, {"model": "faces", "version": 1}, "no json"]
+    assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1", "m2"]
+    assert label_studio.paths == ["GET /api/ml?project=3", "PATCH /api/ml/9"]
+    assert label_studio.requests[-1].json["title"] == "digits v5", "what serves, not what the event says"
+    assert label_studio.requests[-1].json["basic_auth_pass"] == "its own"

@@ -1,0 +1,77 @@
+"""Training itself: what the digits' own config learns, and what it makes of checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cli import digits
+from cli.digits import Digit
+from labelloop import imaging
+from labelloop.dataset import split_of
+from labelloop.model_config import ModelConfig
+from tests.examples import CONFIGS, DIGITS
+from training_jobs.dataset import Dataset, Examples
+from training_jobs.export import to_network
+from training_jobs.fit import Epoch, fit, make_repeatable
+from training_jobs.train import build
+
+
+def examples(chosen: Sequence[Digit]) -> Examples:
+    size = DIGITS.image
+    images = [imaging.decode(digit.png, width=size.width, height=size.height, mode=size.mode) for digit in chosen]
+    pixels = np.asarray([np.asarray(image) for image in images], dtype=np.uint8).reshape(-1, size.height, size.width, 1)
+    return Examples([], pixels, torch.tensor([int(digit.label) for digit in chosen], dtype=torch.int64))
+
+
+def trained(config: ModelConfig, train: Sequence[Digit], checkpoint: Path, epochs: list[Epoch] | None = None) -> nn.Module:
+    make_repeatable(config.hyperparameters.seed)
+    network, augment = build(CONFIGS["digits"])
+    data = Dataset(train=examples(train), validation=examples([]), test=examples([]))
+    return fit(network, data, config, augment, checkpoint, (epochs if epochs is not None else []).append)
+
+
+def test_a_hundred_annotations_are_enough_for_a_first_version(tmp_path: Path) -> None:
+    """Measured on every holdout image of the data set, of which training saw none."""
+    everything = digits.load()
+    annotated = [digit for digit in random.Random(1).sample(everything, 100) if split_of(digit.sha256, DIGITS.splits) == "train"]
+    holdout = examples([digit for digit in everything if split_of(digit.sha256, DIGITS.splits) == "test"])
+    assert len(annotated) < 80
+    network = trained(DIGITS, annotated, tmp_path / "checkpoint.pt")
+    with torch.inference_mode():
+        best = network(to_network(torch.from_numpy(holdout.pixels))).argmax(dim=1)
+    assert float((best == holdout.targets).double().mean()) >= 0.93
+
+
+@pytest.mark.parametrize("left", [b"no checkpoint", b"", "another config"])
+def test_a_checkpoint_of_no_use_is_left(left: bytes | str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    few = digits.load()[:5]  # fewer than a batch
+    short = msgspec.structs.replace(DIGITS, hyperparameters=msgspec.structs.replace(DIGITS.hyperparameters, epochs=1))
+    expected = trained(short, few, tmp_path / "expected.pt")
+    file = tmp_path / "checkpoint.pt"
+    if isinstance(left, bytes):
+        file.write_bytes(left)
+    else:
+        trained(msgspec.structs.replace(short, hyperparameters=msgspec.structs.replace(short.hyperparameters, seed=1)), few, file)
+    epochs: list[Epoch] = []
+    network = trained(short, few, file, epochs)
+    assert [epoch.number for epoch in epochs] == [1]
+    assert "starts anew" in caplog.text
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in network.state_dict().items())
+
+
+def test_a_finished_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
+    few = digits.load()[:5]
+    short = msgspec.structs.replace(DIGITS, hyperparameters=msgspec.structs.replace(DIGITS.hyperparameters, epochs=1))
+    first = trained(short, few, tmp_path / "checkpoint.pt")
+    epochs: list[Epoch] = []
+    again = trained(short, few, tmp_path / "checkpoint.pt", epochs)
+    assert epochs == []
+    assert all(torch.equal(value, first.state_dict()[key]) for key, value in again.state_dict().items())

@@ -1,0 +1,179 @@
+"""Dataset snapshots: which annotation counts, which split an image is in, and what the digest covers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labelloop import dataset
+from labelloop.dataset import split_of
+from labelloop.label_studio.payloads import AnnotatedTask
+from labelloop.model_config import Splits
+from labelloop.records import ManifestRow, Snapshot, Split
+from tests import examples
+from tests.examples import DIGITS, LABELS, annotated_task, sha256
+
+SPLITS = Splits(test=0.2, validation=0.1, seed=0)
+URI = "s3://artifacts/snapshots/digits/{digest}/manifest.jsonl"
+
+
+def rows(*tasks: AnnotatedTask) -> tuple[list[ManifestRow], dict[str, int]]:
+    return dataset.rows(tasks, DIGITS, LABELS)
+
+
+def frozen(*tasks: AnnotatedTask) -> tuple[Snapshot, bytes]:
+    return dataset.snapshot("digits", *rows(*tasks), uri_of=URI)
+
+
+# These must never change: an image that moves from the holdout into the training data spoils every later comparison.
+KNOWN = {"0": "train", "1": "validation", "2": "train", "3": "train", "5": "test", "8": "test", "9": "test", "10": "train"}
+
+
+def test_known_images_stay_in_their_splits_for_ever() -> None:
+    assert {content: split_of(sha256(content), SPLITS) for content in KNOWN} == KNOWN
+
+
+def test_shares_are_kept() -> None:
+    count = 5_000
+    found = Counter(split_of(sha256(str(number)), SPLITS) for number in range(count))
+    # Five standard deviations of a binomial count: a fair hash fails once in a million changes of the seed.
+    shares: dict[Split, float] = {"test": 0.2, "validation": 0.1, "train": 0.7}
+    for split, share in shares.items():
+        assert abs(found[split] - count * share) < 5 * (count * share * (1 - share)) ** 0.5, split
+
+
+def test_another_seed_splits_otherwise() -> None:
+    hashes = [sha256(str(number)) for number in range(500)]
+    other = Splits(test=0.2, validation=0.1, seed=1)
+    moved = sum(split_of(h, SPLITS) != split_of(h, other) for h in hashes)
+    assert 100 < moved < 400  # two independent draws differ in 46 of 100
+
+
+def test_other_shares_move_only_images_across_their_border() -> None:
+    hashes = [sha256(str(number)) for number in range(2_000)]
+    wider = Splits(test=0.3, validation=0.1)
+    for h in hashes:
+        before, after = split_of(h, SPLITS), split_of(h, wider)
+        assert before == after or (before, after) == ("train", "test")
+
+
+@given(st.lists(st.integers(0, 200), unique=True, max_size=40), st.lists(st.integers(201, 400), unique=True, max_size=40))
+def test_adding_tasks_never_moves_an_image(first: list[int], more: list[int]) -> None:
+    before = {row.sha256: row.split for row in rows(*map(annotated_task, first))[0]}
+    after = {row.sha256: row.split for row in rows(*map(annotated_task, more), *map(annotated_task, first))[0]}
+    assert before.items() <= after.items()
+
+
+def test_the_latest_annotation_wins() -> None:
+    annotations = [
+        {"id": 1, "unique_id": "a", "updated_at": "2026-01-01T00:00:00Z", "result": result("1")},
+        {"id": 2, "unique_id": "b", "updated_at": "2026-01-03T00:00:00Z", "result": result("2")},
+        {"id": 3, "unique_id": "c", "updated_at": "2026-01-02T00:00:00Z", "result": result("3")},
+        {"id": 4, "unique_id": "d", "updated_at": "2026-01-04T00:00:00Z", "result": result("4"), "was_cancelled": True},
+        {"id": 5, "unique_id": "e", "updated_at": "2026-01-05T00:00:00Z", "result": []},
+    ]
+    task = msgspec.convert(
+        {"id": 9, "data": {"image": "s3://b/k"}, "meta": {"sha256": "f" * 64}, "annotations": annotations}, AnnotatedTask
+    )
+    [row], skipped = rows(task)
+    assert (row.label, row.annotation, row.task, skipped) == ("2", "b", 9, {})
+
+
+def result(label: str) -> list[dict[str, object]]:
+    return [{"from_name": "digit", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
+
+
+def test_tasks_with_the_same_content_are_one_image_with_the_label_given_last() -> None:
+    early = annotated_task(1, "1", content="same", updated_at="2026-01-01T00:00:00Z")
+    late = annotated_task(2, "2", content="same", updated_at="2026-01-02T00:00:00Z")
+    for tasks in ((early, late), (late, early)):
+        [row], skipped = rows(*tasks)
+        assert row.label == "2"
+        assert skipped == {"another task shows the same image": 1}
+
+
+def test_of_two_at_the_same_time_the_order_of_tasks_does_not_decide() -> None:
+    one, other = annotated_task(1, "1", content="same"), annotated_task(2, "2", content="same")
+    assert rows(one, other)[0] == rows(other, one)[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        (annotated_task(1, ["1", "2"]), "2 classes are chosen instead of one"),
+        (annotated_task(1, "ten"), "the class 'ten' is not in config.yaml"),
+        (annotated_task(1, meta={}), "not made by labelloop"),
+        (annotated_task(1, meta={"sha256": "short"}), "not made by labelloop"),
+        (msgspec.structs.replace(annotated_task(1), data={"text": "x"}), "no image under 'image'"),
+        (msgspec.structs.replace(annotated_task(1), data={"image": None}), "no image under 'image'"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_left_out_with_its_reason(task: AnnotatedTask, reason: str) -> None:
+    kept, skipped = rows(task, annotated_task(2))
+    assert [row.task for row in kept] == [2]
+    [(found, count)] = skipped.items()
+    assert reason in found
+    assert count == 1
+
+
+def test_an_annotation_of_another_control_tag_is_no_label() -> None:
+    task = annotated_task(1)
+    other = [{**(task.annotations[0].result or [])[0], "from_name": "quality"}]
+    changed = msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], result=other)])
+    assert rows(changed) == ([], {"0 classes are chosen instead of one": 1})
+
+
+def test_skipped_and_empty_annotations_are_no_annotations() -> None:
+    assert rows(annotated_task(1, was_cancelled=True), annotated_task(2, None)) == ([], {})
+
+
+def test_the_manifest_is_ordered_jsonl_that_reads_back() -> None:
+    snapshot, manifest = frozen(*(annotated_task(number, str(number % 10)) for number in range(30)))
+    lines = manifest.splitlines()
+    assert manifest.endswith(b"\n")
+    read = [msgspec.json.decode(line, type=ManifestRow) for line in lines]
+    assert [row.sha256 for row in read] == sorted(sha256(str(number)) for number in range(30))
+    assert snapshot.n_annotations == 30 == snapshot.n_train + snapshot.n_validation + snapshot.n_test
+    assert Counter(row.split for row in read)["test"] == snapshot.n_test > 0
+    assert snapshot.manifest == f"s3://artifacts/snapshots/digits/{snapshot.digest}/manifest.jsonl"
+
+
+def test_no_tasks_make_an_empty_snapshot() -> None:
+    snapshot, manifest = frozen()
+    assert (snapshot.n_annotations, manifest) == (0, b"")
+
+
+@given(st.permutations(range(12)))
+def test_the_digest_is_the_manifests_and_does_not_depend_on_the_tasks_order(order: list[int]) -> None:
+    plain, manifest = frozen(*(annotated_task(number, content=str(number)) for number in range(12)))
+    other = frozen(*(annotated_task(number, content=str(number)) for number in order))[0]
+    assert plain.digest == other.digest == hashlib.sha256(manifest).hexdigest()
+
+
+def test_the_digest_depends_on_labels_and_images() -> None:
+    digests = {
+        frozen(annotated_task(1, "1", content="a"))[0].digest,
+        frozen(annotated_task(1, "2", content="a"))[0].digest,
+        frozen(annotated_task(1, "1", content="b"))[0].digest,
+        frozen(annotated_task(1, "1", content="a", image="s3://images/elsewhere.png"))[0].digest,
+        frozen(annotated_task(1, "1", content="a"), annotated_task(2, "1", content="c"))[0].digest,
+    }
+    assert len(digests) == 5
+    assert all(len(digest) == 64 for digest in digests)
+
+
+def test_rows_say_what_training_needs() -> None:
+    [row], _ = rows(annotated_task(5, "7", content="a"))
+    assert row == ManifestRow(
+        image="s3://images/images/digits/a.png",
+        sha256=sha256("a"),
+        label="7",
+        split=split_of(sha256("a"), examples.DIGITS.splits),
+        annotation="annotation-5",
+        task=5,
+    )

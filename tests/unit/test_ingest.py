@@ -1,0 +1,269 @@
+"""From an image in S3 to a task: validated, batched, exactly once whatever fails in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from PIL import Image
+
+from labelloop import imaging
+from labelloop.artifacts import Bucket, parse_s3_uri
+from labelloop.errors import StorageError
+from labelloop.ingest import Ingest, Outcome
+from labelloop.ledger import Ledger
+from labelloop.model_config import ModelConfigs
+from tests import examples
+from tests.examples import png, sha256
+from tests.fake_label_studio import FakeLabelStudio
+
+
+def created(key: str) -> dict[str, Any]:
+    """EventBridge's event of an object's creation."""
+    return {
+        "version": "0",
+        "source": "aws.s3",
+        "detail-type": "Object Created",
+        "detail": {"bucket": {"name": "images"}, "object": {"key": key, "size": 1}, "reason": "PutObject"},
+    }
+
+
+@dataclass
+class Intake:
+    """Ingest on real storage, before a Label Studio in memory."""
+
+    bucket: Bucket
+    ledger: Ledger
+    label_studio: FakeLabelStudio = field(default_factory=FakeLabelStudio)
+    configs: ModelConfigs = examples.CONFIGS
+
+    def __post_init__(self) -> None:
+        self.ledger.set_project("digits", 1)
+
+    def put(self, name: str, data: bytes) -> str:
+        key = f"images/digits/{name}"
+        self.bucket.put(key, data)
+        return key
+
+    def take(self, *keys: str) -> Outcome:
+        """Deliver one event a key as one batch, in a fresh function."""
+        ingest = Ingest(self.configs, self.bucket, self.ledger, cast(Any, self.label_studio))
+        return ingest((f"m{number}", created(key)) for number, key in enumerate(keys))
+
+    @property
+    def images(self) -> list[str]:
+        """The image addresses of all tasks."""
+        return [task["data"]["image"] for task in self.label_studio.tasks]
+
+
+@pytest.fixture
+def intake(bucket: Bucket, ledger: Ledger) -> Intake:
+    return Intake(bucket, ledger)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The ledger's time, s; a claim is free again after 90."""
+    time = [1_000_000.0]
+    monkeypatch.setattr("labelloop.ledger.time", SimpleNamespace(time=lambda: time[0], sleep=lambda _: None))
+    return time
+
+
+def test_an_image_becomes_a_task_that_names_its_content(intake: Intake) -> None:
+    data = png(3, size=(24, 18))
+    key = intake.put("a.png", data)
+    outcome = intake.take(key)
+    assert outcome == Outcome(created=[key])
+    assert intake.label_studio.tasks == [
+        {
+            "data": {"image": f"s3://{intake.bucket.name}/images/digits/a.png"},
+            "meta": {"sha256": sha256(data), "width": 24, "height": 18},
+        }
+    ]
+
+
+def test_a_batch_is_one_import(intake: Intake) -> None:
+    keys = [intake.put(f"{digit}.png", png(digit)) for digit in range(10)]
+    assert intake.take(*keys).created == keys
+    assert intake.label_studio.asked == ["import_tasks"]
+    assert len(intake.label_studio.tasks) == 10
+
+
+@pytest.mark.parametrize("name", ["with space.png", "50%.png", "a#b.png", "a+b.png", "ü.png", "sub/folder/x.png"])
+def test_odd_names_become_addresses_that_lead_back(intake: Intake, name: str) -> None:
+    key = intake.put(name, png())
+    assert intake.take(key).created == [key]
+    assert parse_s3_uri(intake.images[0]) == (intake.bucket.name, key)
+
+
+def test_an_event_that_comes_again_makes_no_second_task(intake: Intake) -> None:
+    key = intake.put("a.png", png())
+    intake.take(key)
+    assert intake.take(key) == Outcome(known=[key])
+    assert len(intake.images) == 1
+
+
+def test_the_same_event_twice_in_a_batch_makes_one_task(intake: Intake) -> None:
+    key = intake.put("a.png", png())
+    assert intake.take(key, key) == Outcome(created=[key], known=[key])
+    assert len(intake.images) == 1
+
+
+def test_two_files_with_the_same_content_are_one_image(intake: Intake) -> None:
+    one, other, late = (intake.put(name, png()) for name in ("a.png", "b.png", "c.png"))
+    assert intake.take(one, other) == Outcome(created=[one], known=[other])
+    assert intake.take(late) == Outcome(known=[late])
+    assert len(intake.images) == 1
+
+
+def test_a_broken_image_is_refused_and_the_others_become_tasks(intake: Intake) -> None:
+    good, broken, text, empty, fine = (
+        intake.put(name, data)
+        for name, data in (
+            ("good.png", png(1)),
+            ("broken.png", png(2)[:40]),
+            ("notes.txt", b"no image"),
+            ("empty.png", b""),
+            ("fine.jpg", examples.encoded(Image.new("RGB", (9, 9)), "JPEG")),
+        )
+    )
+    outcome = intake.take(good, broken, text, empty, fine)
+    assert outcome.created == [good, fine]
+    assert outcome.again == {}
+    assert outcome.refused.keys() == {broken, text, empty}
+    assert "empty" in outcome.refused[empty]
+    assert "not an image" in outcome.refused[text]
+
+
+def test_an_image_that_is_too_large_is_refused_unread(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = intake.put("large.bmp", examples.encoded(Image.new("L", (64, 64)), "BMP"))
+    monkeypatch.setattr(imaging, "MAX_BYTES", 1_000)
+    monkeypatch.setattr(intake.bucket, "get", lambda _: pytest.fail("it was read"))
+    assert "at most" in intake.take(key).refused[key]
+
+
+def test_what_is_gone_and_what_belongs_to_no_model_is_refused(intake: Intake) -> None:
+    strays = ["images/digits/gone.png", "images/faces/a.png", "images/a.png", "other", ""]
+    outcome = intake.take(*strays)
+    assert outcome.refused.keys() == set(strays)
+    assert (outcome.created, outcome.again) == ([], {})
+    assert "no model 'faces'" in outcome.refused["images/faces/a.png"]
+
+
+def test_the_marker_of_a_folder_is_no_image(intake: Intake) -> None:
+    assert intake.take("images/digits/", "images/") == Outcome()
+
+
+@pytest.mark.parametrize("key", ["images/digits//a.png", "images/digits/../a.png", "images/digits/a\nb.png"])
+def test_a_key_that_cannot_be_read_is_refused_and_does_not_come_again(intake: Intake, key: str) -> None:
+    outcome = intake.take(key, intake.put("a.png", png()))
+    assert "another name" in outcome.refused[key]
+    assert len(outcome.created) == 1
+
+
+def test_events_of_other_forms_are_refused(intake: Intake) -> None:
+    ingest = Ingest(examples.CONFIGS, intake.bucket, intake.ledger, cast(Any, intake.label_studio))
+    outcome = ingest([("m0", {"Service": "Amazon S3", "Event": "s3:TestEvent"}), ("m1", {}), ("m2", {"detail": None})])
+    assert list(outcome.refused) == [""]
+    assert outcome.again == {}
+
+
+def test_a_notification_of_the_older_form_is_read(intake: Intake) -> None:
+    key = intake.put("with space.png", png())
+    event = {"Records": [{"s3": {"object": {"key": "images/digits/with+space.png"}}}]}
+    ingest = Ingest(examples.CONFIGS, intake.bucket, intake.ledger, cast(Any, intake.label_studio))
+    assert ingest([("m0", event)]).created == [key]
+
+
+def test_before_the_project_is_set_up_everything_comes_again(bucket: Bucket, ledger: Ledger) -> None:
+    bucket.put("images/digits/a.png", png())
+    outcome = Ingest(examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()))([("m0", created("images/digits/a.png"))])
+    assert "setup-label-studio-project" in outcome.again["m0"]
+
+
+def test_while_label_studio_is_down_everything_comes_again_and_later_makes_one_task_each(
+    intake: Intake, clock: list[float]
+) -> None:
+    keys = [intake.put(f"{digit}.png", png(digit)) for digit in range(3)]
+    intake.label_studio.down = {"all"}
+    outcome = intake.take(*keys)
+    assert outcome.again.keys() == {"m0", "m1", "m2"}
+    assert (outcome.created, outcome.known) == ([], [])
+    intake.label_studio.down = set()
+    assert intake.take(*keys).again.keys() == {"m0", "m1", "m2"}, "the claims are still held"
+    clock[0] += 100
+    assert intake.take(*keys).created == keys
+    clock[0] += 100
+    assert intake.take(*keys).known == keys
+    assert sorted(intake.images) == sorted(f"s3://{intake.bucket.name}/{key}" for key in keys)
+
+
+@pytest.mark.parametrize("crash", ["answer lost", "note lost"])
+def test_a_crash_after_the_import_makes_no_second_task(
+    intake: Intake, clock: list[float], monkeypatch: pytest.MonkeyPatch, crash: str
+) -> None:
+    keys = [intake.put(f"{digit}.png", png(digit)) for digit in range(3)]
+    with monkeypatch.context() as patch:
+        if crash == "answer lost":
+            intake.label_studio.dies_after = {"import_tasks"}
+        else:
+            patch.setattr(intake.ledger, "images_done", fail)
+        assert intake.take(*keys).again.keys() == {"m0", "m1", "m2"}
+    intake.label_studio.dies_after = set()
+    new = intake.put("new.png", png(9))
+    clock[0] += 100
+    outcome = intake.take(*keys, new)
+    assert outcome == Outcome(created=[new], known=keys)
+    assert len(intake.images) == 4
+
+
+def fail(*_: Any) -> None:
+    raise StorageError("the ledger does not answer")
+
+
+def test_a_crash_after_the_import_makes_no_second_task_of_a_copy_either(
+    intake: Intake, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy may come first the next time, and its address is another one."""
+    one, copy = intake.put("a.png", png()), intake.put("b.png", png())
+    with monkeypatch.context() as patch:
+        patch.setattr(intake.ledger, "images_done", fail)
+        intake.take(one)
+    clock[0] += 100
+    assert intake.take(copy, one) == Outcome(known=[one, copy])
+    assert len(intake.images) == 1
+
+
+def test_two_deliveries_at_once_make_one_task(intake: Intake, clock: list[float]) -> None:
+    key = intake.put("a.png", png())
+    intake.ledger.claim_image("digits", 1, sha256(png()), f"s3://{intake.bucket.name}/{key}")
+    assert "under way" in intake.take(key).again["m0"]
+    assert intake.images == []
+
+
+def test_storage_that_fails_for_one_image_brings_only_that_one_again(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, unlucky = intake.put("good.png", png(1)), intake.put("unlucky.png", png(2))
+    get = intake.bucket.get
+
+    def flaky(key: str) -> bytes | None:
+        if key == unlucky:
+            raise StorageError("S3 does not answer")
+        return get(key)
+
+    monkeypatch.setattr(intake.bucket, "get", flaky)
+    assert intake.take(unlucky, good) == Outcome(created=[good], again={"m0": "S3 does not answer"})
+
+
+def test_one_models_broken_config_does_not_stop_the_others(intake: Intake, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("model_configs")
+    (root / "digits").symlink_to(examples.REPOSITORY / "model_configs" / "digits")
+    (root / "faces").mkdir()
+    (root / "faces" / "config.yaml").write_text("name: other")
+    intake.ledger.set_project("faces", 2)
+    intake.configs = ModelConfigs(root)
+    key = intake.put("a.png", png())
+    outcome = intake.take("images/faces/a.png", key)
+    assert outcome.created == [key]
+    assert "faces" in outcome.again["m0"]

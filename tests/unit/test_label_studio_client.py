@@ -1,0 +1,254 @@
+"""Label Studio's client, against a server that writes down what it is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from labelloop.errors import LabelStudioError
+from labelloop.label_studio.client import LabelStudioClient
+from tests.recording_server import Answer, RecordingServer, Request, serving
+
+PERSONAL = "eyJh.eyJi.c2ln"  # three parts: a JWT
+
+BACKEND_ACCESS = {"project": 4, "url": "http://api/digits", "auth_method": "BASIC_AUTH", "basic_auth_user": "digits"}
+BACKEND = {"id": 9, "title": "digits v1", "state": "CO", **BACKEND_ACCESS}
+
+
+@pytest.fixture
+def server() -> Iterator[RecordingServer]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RecordingServer) -> LabelStudioClient:
+    return LabelStudioClient(server.url + "/", "0123456789abcdef")
+
+
+def query(request: Request) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(urlsplit(request.path).query).items()}
+
+
+def test_a_legacy_token_is_sent_as_it_is(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body={"id": 1, "num_tasks_with_annotations": 42, "task_number": 60})
+    assert client.count_annotated(1) == 42
+    assert client.counts(1) == {"tasks": 60, "annotated": 42}
+    assert {request.headers["authorization"] for request in server.requests} == {"Token 0123456789abcdef"}
+    assert server.requests[0].path.startswith("/api/projects/1?")
+
+
+def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_old(
+    server: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: Request) -> Answer:
+        if request.path == "/api/token/refresh/":
+            assert request.json == {"refresh": PERSONAL}
+            return Answer(body={"access": f"access-{len(refreshes())}"})
+        return Answer(body={"num_tasks_with_annotations": 1})
+
+    def refreshes() -> list[Request]:
+        return [request for request in server.requests if request.path == "/api/token/refresh/"]
+
+    server.answer = answer
+    clock = [1_000.0]
+    monkeypatch.setattr("labelloop.label_studio.client.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    client = LabelStudioClient(server.url, PERSONAL)
+    for seconds, token in ((0, "access-1"), (200, "access-1"), (100, "access-2")):
+        clock[0] += seconds
+        client.count_annotated(1)
+        assert server.requests[-1].headers["authorization"] == f"Bearer {token}"
+    assert len(refreshes()) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Answer(401, {"detail": "Token is invalid"}), r"refused the personal access token \(401\)"),
+        (Answer(200, {}), "gave no access token"),
+        (Answer(200, []), "gave no access token"),
+        (Answer(200, b"<html>"), "gave no access token"),
+        (Answer(307, b"", {"Location": "/elsewhere"}), r"refused the personal access token \(307\)"),
+    ],
+)
+def test_a_personal_token_that_is_refused_is_an_error(server: RecordingServer, answer: Answer, message: str) -> None:
+    server.answer = lambda _: answer
+    with pytest.raises(LabelStudioError, match=message):
+        LabelStudioClient(server.url, PERSONAL).count_annotated(1)
+    assert server.paths == ["POST /api/token/refresh/"]
+
+
+CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
+    "count_annotated": lambda client: client.count_annotated(1),
+    "counts": lambda client: client.counts(1),
+    "annotated_tasks": lambda client: client.annotated_tasks(1),
+    "find_images": lambda client: client.find_images(1, ["s3://b/k"], "image"),
+    "images": lambda client: client.images(1, "image"),
+    "annotate": lambda client: client.annotate(1, [], seconds=1.0),
+    "import_tasks": lambda client: client.import_tasks(1, [{"data": {}}]),
+    "backends": lambda client: client.backends(1),
+    "rename_backend": lambda client: client.rename_backend(BACKEND, "t", "p"),
+    "download": lambda client: client.download("/data/upload/1/a.png", limit=100),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_takes_the_token_elsewhere(
+    server: RecordingServer, client: LabelStudioClient, call: Callable[[LabelStudioClient], Any], status: int
+) -> None:
+    with serving() as elsewhere:
+        server.answer = lambda _: Answer(status, b"", {"Location": elsewhere.url + "/api"})
+        with pytest.raises(LabelStudioError) as caught:
+            call(client)
+        assert caught.value.status == status
+        assert elsewhere.requests == []
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize(("status", "body"), [(500, b"Traceback"), (401, b"{}"), (404, b"{}")])
+def test_a_refusal_is_an_error_with_its_status(
+    server: RecordingServer, client: LabelStudioClient, call: Callable[[LabelStudioClient], Any], status: int, body: bytes
+) -> None:
+    server.answer = lambda _: Answer(status, body)
+    with pytest.raises(LabelStudioError, match=str(status)) as caught:
+        call(client)
+    assert caught.value.status == status
+    assert len(server.requests) == 1, "nothing is repeated that would be refused again"
+
+
+@pytest.mark.parametrize("call", [call for name, call in CALLS.items() if name != "download"])
+def test_an_answer_that_is_no_json_is_an_error(
+    server: RecordingServer, client: LabelStudioClient, call: Callable[[LabelStudioClient], Any]
+) -> None:
+    for body in (b"<html>", b'{"a": "\xff"}'):
+        server.answer = lambda _, body=body: Answer(body=body)  # type: ignore[misc]
+        with pytest.raises(LabelStudioError):
+            call(client)
+
+
+@pytest.mark.parametrize("token", ["0123456789abcdef", PERSONAL])
+def test_a_server_that_is_not_there_is_an_error(token: str) -> None:
+    with serving() as gone:
+        url = gone.url
+    with pytest.raises(LabelStudioError, match="does not answer"):
+        LabelStudioClient(url, token).count_annotated(1)
+
+
+def test_a_reading_request_is_repeated_when_the_server_is_overloaded(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(503) if len(server.requests) < 2 else Answer(body={"num_tasks_with_annotations": 5})
+    assert client.count_annotated(1) == 5
+
+
+def test_an_import_is_never_repeated_by_itself(server: RecordingServer, client: LabelStudioClient) -> None:
+    """Label Studio may have made the tasks before it failed; only `ingest` knows how to find out."""
+    server.answer = lambda _: Answer(503)
+    with pytest.raises(LabelStudioError):
+        client.import_tasks(1, [{"data": {"image": "s3://b/k"}}])
+    assert len(server.requests) == 1
+
+
+def test_annotated_tasks_come_from_one_export(server: RecordingServer, client: LabelStudioClient) -> None:
+    exported = [
+        {
+            "id": 7,
+            "data": {"image": "s3://b/k"},
+            "meta": {"sha256": "a" * 64},
+            "annotations": [
+                {"id": 1, "unique_id": "u", "result": [], "was_cancelled": False, "updated_at": "2026-01-01T00:00:00Z", "new": 1}
+            ],
+            "predictions": [],
+        }
+    ]
+    server.answer = lambda _: Answer(body=exported)
+    [task] = client.annotated_tasks(3)
+    assert (task.id, task.content_hash, task.annotations[0].unique_id) == (7, "a" * 64, "u")
+    assert server.paths == ["GET /api/projects/3/export?exportType=JSON"]
+
+
+def test_images_are_looked_up_in_requests_that_a_web_server_takes(server: RecordingServer, client: LabelStudioClient) -> None:
+    addresses = [f"s3://labelloop-production-images/images/digits/{'folder%20name/' * 10}{number}.png" for number in range(25)]
+    known = {addresses[3], addresses[24]}
+
+    def answer(request: Request) -> Answer:
+        asked = [item["value"] for item in json.loads(query(request)["query"])["filters"]["items"]]
+        return Answer(body={"tasks": [{"id": 1, "data": {"image": a}} for a in asked if a in known], "total": 0})
+
+    server.answer = answer
+    assert client.find_images(1, addresses, "image") == known
+    assert max(len(request.path) for request in server.requests) < 8_000
+    assert query(server.requests[0])["resolve_uri"] == "false", "addresses as they were stored, not the browser's"
+    filters = json.loads(query(server.requests[0])["query"])["filters"]
+    assert filters["conjunction"] == "or"
+    assert filters["items"][0] == {
+        "filter": "filter:tasks:data.image",
+        "operator": "equal",
+        "type": "String",
+        "value": addresses[0],
+    }
+
+
+def test_all_images_are_listed_by_id_as_they_are_stored(server: RecordingServer, client: LabelStudioClient) -> None:
+    tasks = [{"id": number, "data": {"image": f"s3://b/{number}"}} for number in (3, 5, 8, 13, 21)]
+
+    def answer(request: Request) -> Answer:
+        asked = query(request)
+        assert asked["resolve_uri"] == "false"
+        view = json.loads(asked["query"])
+        assert view["ordering"] == ["tasks:id"]
+        [after] = view["filters"]["items"]
+        assert (after["filter"], after["operator"], asked.get("page", "1")) == ("filter:tasks:id", "greater", "1")
+        return Answer(body={"tasks": [task for task in tasks if int(str(task["id"])) > after["value"]][:2]})
+
+    server.answer = answer
+    assert client.images(1, "image") == {f"s3://b/{number}": number for number in (3, 5, 8, 13, 21)}
+    assert len(server.requests) == 4
+
+
+def test_an_annotation_is_submitted(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(201, {"id": 77})
+    result = [{"from_name": "digit", "to_name": "image", "type": "choices", "value": {"choices": ["1"]}}]
+    assert client.annotate(4, result, seconds=1.5) == 77
+    assert server.paths == ["POST /api/tasks/4/annotations"]
+    assert server.requests[0].json == {"result": result, "lead_time": 1.5}
+
+
+def test_no_images_are_no_request(server: RecordingServer, client: LabelStudioClient) -> None:
+    assert client.find_images(1, [], "image") == set()
+    assert server.requests == []
+
+
+def test_tasks_are_imported_with_their_ids_in_order(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(201, {"task_count": 2, "task_ids": [11, 12]})
+    tasks = [{"data": {"image": "s3://b/ü"}}, {"data": {"image": "s3://b/2"}}]
+    assert client.import_tasks(4, iter(tasks)) == [11, 12]
+    assert server.paths == ["POST /api/projects/4/import?return_task_ids=true"]
+    assert server.requests[0].json == tasks
+    assert server.requests[0].headers["content-type"] == "application/json"
+
+
+def test_a_backend_is_renamed_with_what_label_studio_demands(server: RecordingServer, client: LabelStudioClient) -> None:
+    client.rename_backend(BACKEND, "digits v2", "the password")
+    assert server.paths == ["PATCH /api/ml/9"]
+    assert server.requests[0].json == {**BACKEND_ACCESS, "basic_auth_pass": "the password", "title": "digits v2"}
+
+
+def test_a_file_is_downloaded_up_to_its_limit(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body=b"x" * 100)
+    assert client.download("/data/upload/1/a.png", limit=100) == b"x" * 100
+    with pytest.raises(LabelStudioError, match="larger than 99 bytes"):
+        client.download("/data/upload/1/a.png", limit=99)
+    server.answer = lambda _: Answer(body={"num_tasks_with_annotations": 5})
+    assert client.count_annotated(1) == 5, "the connection is still good"
+
+
+def test_a_download_that_breaks_off_is_an_error(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body=b"x" * 10, headers={"Content-Length": "1000"})
+    with pytest.raises(LabelStudioError, match="broke off"):
+        client.download("/data/upload/1/a.png", limit=2_000)

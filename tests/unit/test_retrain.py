@@ -1,0 +1,325 @@
+"""Reconciling: whatever comes twice, late or not at all, exactly one training starts for what is new."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from threading import Lock
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from labelloop import artifacts
+from labelloop.artifacts import Bucket, Champions
+from labelloop.errors import LabelStudioError, NotSetUpError, TrainingServiceError, UnknownModelError
+from labelloop.launcher import JobState, JobStatus
+from labelloop.ledger import Ledger
+from labelloop.model_config import ModelConfig
+from labelloop.records import Champion, Job, ManifestRow, Promotion, now
+from labelloop.retrain import Outcome, Reconciler
+from tests import examples
+from tests.fake_label_studio import FakeLabelStudio
+
+
+@dataclass
+class FakeLauncher:
+    """SageMaker in memory: job names are unique for ever; `down` makes starting fail."""
+
+    states: dict[str, JobState] = field(default_factory=dict)
+    started: list[tuple[Job, Champion | None]] = field(default_factory=list)
+    down: bool = False
+    lock: Any = field(default_factory=Lock)
+
+    def start(self, config: ModelConfig, job: Job, champion: Champion | None) -> None:
+        if self.down:
+            raise TrainingServiceError("SageMaker does not answer")
+        with self.lock:
+            if job.job_name not in self.states:
+                self.states[job.job_name] = JobState("InProgress", None)
+                self.started.append((job, champion))
+
+    def state(self, name: str) -> JobState | None:
+        return self.states.get(name)
+
+    def end(self, status: JobStatus, failure: str | None = None) -> None:
+        self.states[self.job.job_name] = JobState(status, failure)
+
+    @property
+    def job(self) -> Job:
+        """The job started last."""
+        return self.started[-1][0]
+
+
+@dataclass
+class Loop:
+    """A reconciler on real storage, with Label Studio, SageMaker and the promote queue in memory."""
+
+    bucket: Bucket
+    ledger: Ledger
+    label_studio: FakeLabelStudio = field(default_factory=FakeLabelStudio)
+    launcher: FakeLauncher = field(default_factory=FakeLauncher)
+    recalled: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ledger.set_project("digits", 1)
+        self.reconciler = Reconciler(
+            "local",
+            examples.CONFIGS,
+            self.bucket,
+            self.ledger,
+            cast(Any, self.label_studio),
+            cast(Any, self.launcher),
+            lambda model, job: self.recalled.append((model, job)),
+        )
+
+    def annotate(self, upto: int) -> None:
+        """Have `upto` images annotated in all."""
+        known = len(self.label_studio.annotated)
+        self.label_studio.annotated += [examples.annotated_task(number, str(number % 10)) for number in range(known, upto)]
+
+    def look(self, *, asked: bool = False) -> Outcome:
+        return self.reconciler.reconcile("digits", asked=asked)
+
+    def train(self, upto: int, version: int = 1) -> None:
+        """Annotate, train to the end and let the gate decide."""
+        self.annotate(upto)
+        assert self.look().started
+        self.launcher.end("Completed")
+        self.decide(version)
+
+    def decide(self, version: int = 1) -> None:
+        promotion = Promotion(
+            model="digits",
+            job_name=self.launcher.job.job_name,
+            version=version,
+            verdict="promote",
+            reason="better",
+            accuracy=0.9,
+            holdout_images=20,
+            n_annotations=self.launcher.job.n_annotations,
+            decided_at=now(),
+        )
+        self.ledger.record_promotion(promotion)
+
+
+@pytest.fixture
+def loop(bucket: Bucket, ledger: Ledger) -> Loop:
+    return Loop(bucket, ledger)
+
+
+def test_below_the_first_count_nothing_starts(loop: Loop) -> None:
+    loop.annotate(99)
+    outcome = loop.look()
+    assert outcome == Outcome(None, "99 annotations of 100")
+    assert "annotated_tasks" not in loop.label_studio.asked, "the export is not asked for needlessly"
+    assert loop.bucket.keys("snapshots") == []
+
+
+def test_at_the_first_count_a_snapshot_is_frozen_and_trained(loop: Loop) -> None:
+    loop.annotate(100)
+    outcome = loop.look()
+    job, champion = loop.launcher.started[0]
+    assert outcome.started == job.job_name == f"labelloop-local-digits-{job.digest[:12]}-1"
+    assert (job.n_annotations, job.attempt, job.champion_version, champion) == (100, 1, None, None)
+    assert loop.ledger.head("digits").running == job
+    assert [training.status for training in loop.ledger.trainings("digits")] == ["running"]
+    manifest = loop.bucket.get(artifacts.manifest_key("digits", job.digest))
+    assert manifest is not None
+    rows = [msgspec.json.decode(line, type=ManifestRow) for line in manifest.splitlines()]
+    assert len(rows) == 100 == job.snapshot.n_train + job.snapshot.n_validation + job.snapshot.n_test
+    assert job.snapshot.manifest == f"s3://{loop.bucket.name}/snapshots/digits/{job.digest}/manifest.jsonl"
+
+
+def test_looking_again_starts_nothing_more(loop: Loop) -> None:
+    loop.annotate(100)
+    loop.look()
+    loop.annotate(600)
+    for asked in (False, True):
+        outcome = loop.look(asked=asked)
+        assert outcome == Outcome(None, f"{loop.launcher.job.job_name} is running")
+    assert len(loop.launcher.started) == 1
+
+
+def test_eight_looks_at_once_start_exactly_one_job(loop: Loop) -> None:
+    loop.annotate(100)
+    with ThreadPoolExecutor(8) as threads:
+        outcomes = list(threads.map(lambda _: loop.look(), range(8)))
+    assert sum(outcome.started is not None for outcome in outcomes) == 1
+    assert len(loop.launcher.started) == 1
+    assert len(loop.ledger.trainings("digits")) == 1
+
+
+def test_eight_requests_at_once_after_an_ended_job_start_exactly_one_more(loop: Loop) -> None:
+    loop.train(100)
+    loop.annotate(500)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: loop.look(asked=True), range(8)))
+    assert loop.look().started is None
+    assert [job.n_annotations for job, _ in loop.launcher.started] == [100, 500]
+
+
+def test_a_claimed_job_that_never_started_is_started_at_the_next_look(loop: Loop) -> None:
+    loop.annotate(100)
+    loop.launcher.down = True
+    with pytest.raises(TrainingServiceError):
+        loop.look()
+    claimed = loop.ledger.head("digits").running
+    assert claimed is not None
+    assert loop.launcher.started == []
+    loop.launcher.down = False
+    loop.annotate(120)
+    assert loop.look().started is None
+    assert [job for job, _ in loop.launcher.started] == [claimed], "the very job that was claimed"
+
+
+def test_a_job_that_the_service_forgot_is_started_again(loop: Loop) -> None:
+    """SageMaker forgets nothing; its stand-in on a laptop does when it is stopped in mid-training."""
+    loop.annotate(100)
+    started = loop.look().started
+    loop.launcher.states.clear()
+    loop.look()
+    assert [job.job_name for job, _ in loop.launcher.started] == [started, started]
+
+
+def test_a_completed_job_is_noted_and_the_gate_waited_for(loop: Loop) -> None:
+    loop.annotate(100)
+    name = loop.look().started
+    loop.launcher.end("Completed")
+    loop.annotate(600)
+    outcome = loop.look()
+    assert outcome == Outcome(None, f"waiting for the promotion gate to decide about {name}")
+    assert loop.recalled == [("digits", name)]
+    head = loop.ledger.head("digits")
+    assert head.running is None
+    assert head.trained is not None
+    assert (head.trained.n_annotations, head.trained.job_name) == (100, name)
+    loop.look(asked=True)
+    assert loop.recalled == [("digits", name)] * 2
+    assert len(loop.launcher.started) == 1
+    loop.decide()
+    assert loop.look().started
+    assert loop.recalled == [("digits", name)] * 2
+
+
+def test_the_next_training_meets_the_champion_of_the_last(loop: Loop) -> None:
+    loop.train(100)
+    Champions(loop.bucket).swap(examples.champion(1), tag=None)
+    loop.annotate(499)
+    assert loop.look() == Outcome(None, "499 annotations of 500")
+    loop.annotate(500)
+    assert loop.look().started
+    job, champion = loop.launcher.started[-1]
+    assert (job.n_annotations, job.champion_version, champion) == (500, 1, examples.champion(1))
+
+
+def test_the_counts_of_the_config_are_trained_in_turn(loop: Loop) -> None:
+    for version, count in enumerate((100, 500, 1000, 2000), start=1):
+        loop.train(count, version)
+        assert loop.look().started is None
+    assert [job.n_annotations for job, _ in loop.launcher.started] == [100, 500, 1000, 2000]
+    assert {training.status for training in loop.ledger.trainings("digits")} == {"completed"}
+
+
+@pytest.mark.parametrize(
+    ("status", "failure", "noted", "reason"),
+    [("Failed", "CUDA out of memory", "failed", "CUDA out of memory"), ("Failed", None, "failed", "the job was failed"),
+     ("Stopped", None, "stopped", "the job was stopped")],
+)  # fmt: skip
+def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, status: JobStatus, failure: str | None, noted: str, reason: str
+) -> None:
+    loop.annotate(100)
+    name = loop.look().started
+    loop.launcher.end(status, failure)
+    outcome = loop.look()
+    assert outcome.started is None, "the same annotations would fail again"
+    head = loop.ledger.head("digits")
+    assert (head.running, head.trained) == (None, None)
+    assert head.failure is not None
+    assert (head.failure.reason, head.failure.consecutive, head.failure.job_name) == (reason, 1, name)
+    training = loop.ledger.training("digits", str(name))
+    assert training is not None
+    assert (training.status, training.failure) == (noted, reason)
+
+    loop.annotate(101)
+    assert "waiting after a failed training" in loop.look().reason
+    monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
+    assert loop.look().started
+    loop.launcher.end("Completed")
+    loop.decide()
+    loop.look()
+    head = loop.ledger.head("digits")
+    assert head.failure is None
+    assert head.trained is not None
+    assert head.trained.n_annotations == 101
+
+
+def test_failures_in_a_row_are_counted(loop: Loop) -> None:
+    loop.annotate(100)
+    for attempt in (1, 2, 3):
+        started = loop.look(asked=True).started
+        assert started is not None
+        assert started.endswith(f"-{attempt}"), "the same snapshot again, as another job"
+        loop.launcher.end("Failed", "why")
+        assert loop.look().started is None
+        failure = loop.ledger.head("digits").failure
+        assert failure is not None
+        assert failure.consecutive == attempt
+
+
+def test_start_training_trains_at_once_when_there_is_anything_new(loop: Loop) -> None:
+    assert loop.look(asked=True) == Outcome(None, "nothing is annotated")
+    loop.annotate(3)
+    assert loop.look().started is None
+    assert loop.look(asked=True).started
+    loop.launcher.end("Completed")
+    loop.decide()
+    assert loop.look(asked=True) == Outcome(None, "nothing new since the last training")
+    loop.annotate(4)
+    assert loop.look(asked=True).started
+    assert [job.n_annotations for job, _ in loop.launcher.started] == [3, 4]
+
+
+def test_a_corrected_label_is_something_new(loop: Loop) -> None:
+    loop.train(100)
+    loop.look()
+    loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
+    assert loop.look(asked=True).started
+
+
+def test_annotations_that_cannot_be_trained_on_do_not_count(loop: Loop) -> None:
+    loop.annotate(99)
+    loop.label_studio.annotated.append(examples.annotated_task(500, ["1", "2"]))
+    outcome = loop.look()
+    assert outcome.started is None
+    assert outcome.reason.startswith("99 annotations of 100; left out: ")
+    assert "2 classes are chosen" in outcome.reason
+
+
+def test_a_model_that_is_not_set_up_says_so(bucket: Bucket, ledger: Ledger) -> None:
+    def refuse(*_: str) -> None:
+        raise AssertionError
+
+    reconciler = Reconciler(
+        "local", examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()), cast(Any, FakeLauncher()), refuse
+    )
+    with pytest.raises(NotSetUpError):
+        reconciler.reconcile("digits")
+
+
+def test_an_unknown_model_is_an_error(loop: Loop) -> None:
+    with pytest.raises(UnknownModelError):
+        loop.reconciler.reconcile("faces")
+
+
+@pytest.mark.parametrize("method", ["count_annotated", "annotated_tasks"])
+def test_a_label_studio_that_fails_leaves_nothing_behind(loop: Loop, method: str) -> None:
+    loop.annotate(100)
+    loop.label_studio.down = {method}
+    with pytest.raises(LabelStudioError):
+        loop.look()
+    assert loop.ledger.head("digits").sequence == 0
+    loop.label_studio.down = set()
+    assert loop.look().started

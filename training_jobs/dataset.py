@@ -1,0 +1,138 @@
+"""The images of a dataset snapshot as arrays: checked against the manifest, decoded as serving decodes them, kept in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from labelloop import artifacts, imaging
+from labelloop.errors import AnnotationError, ImageError, LabelloopError, StorageError
+from labelloop.model_config import ModelConfig
+from labelloop.records import ManifestRow, ModelCard, Split
+from training_jobs.job import TrainingJob
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+_READERS = 16  # the images channel fetches a file when it is opened; Pillow decodes without the interpreter's lock
+_LISTED = 10  # problems named in full; the rest is counted
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The images of one split, in the manifest's order: `pixels` uint8 `[N, height, width, channels]`, `targets` int64 `[N]`."""
+
+    rows: list[ManifestRow]
+    pixels: Pixels
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A snapshot's images by split. `test` is the holdout."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+def load(job: TrainingJob, config: ModelConfig, card: ModelCard) -> Dataset:
+    """Read manifest and images, decoded for the model that `card` describes.
+
+    Raises `StorageError` when the manifest is not the job's, `AnnotationError` when it holds nothing to train on or nothing
+    to measure with, `ImageError` with all images that are missing or broken or have changed since.
+    """
+    rows = _manifest(job)
+    _check(rows, config)
+    pixels = decode(rows, job, config, card)
+
+    def of(split: Split) -> Examples:
+        chosen = [number for number, row in enumerate(rows) if row.split == split]
+        targets = torch.tensor([config.classes.index(rows[number].label) for number in chosen], dtype=torch.int64)
+        return Examples([rows[number] for number in chosen], pixels[chosen], targets)
+
+    return Dataset(train=of("train"), validation=of("validation"), test=of("test"))
+
+
+def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, card: ModelCard) -> Pixels:
+    """Images as `card`'s model takes them: uint8 `[N, height, width, channels]`. Raises `ImageError` naming every bad one."""
+    channels = 1 if card.mode == "L" else 3
+    pixels = np.empty((len(rows), card.height, card.width, channels), dtype=np.uint8)
+
+    def fill(number: int) -> str | None:
+        row = rows[number]
+        try:
+            data = _read(row, job.images, config.images_prefix)
+            image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
+        except ImageError as error:
+            return f"{row.image} {error}"
+        pixels[number] = np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, channels)
+        return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        _raise_all(
+            ImageError,
+            "of the snapshot's images cannot be used",
+            [problem for problem in readers.map(fill, range(len(rows))) if problem],
+        )
+    return pixels
+
+
+def _manifest(job: TrainingJob) -> list[ManifestRow]:
+    try:
+        data = job.manifest.read_bytes()
+    except OSError as error:
+        raise StorageError(f"the manifest cannot be read: {error}") from error
+    if hashlib.sha256(data).hexdigest() != job.digest:
+        raise StorageError(
+            f"the manifest is not the snapshot {job.digest[:12]} that the job was started for: its SHA-256 differs"
+        )
+    try:
+        return [msgspec.json.decode(line, type=ManifestRow) for line in data.splitlines() if line]
+    except msgspec.MsgspecError as error:
+        raise StorageError(f"the manifest is damaged: {error}") from error
+
+
+def _check(rows: Sequence[ManifestRow], config: ModelConfig) -> None:
+    unknown = [f"{row.image} is {row.label!r}" for row in rows if row.label not in config.classes]
+    _raise_all(AnnotationError, "annotations name no class of config.yaml", unknown)
+    splits = [row.split for row in rows]
+    if "train" not in splits:
+        raise AnnotationError(f"none of the {len(rows)} annotated images falls into the train split; annotate more")
+    if "test" not in splits:
+        raise AnnotationError(
+            f"none of the {len(rows)} annotated images falls into the holdout, so accuracy cannot be measured; annotate more"
+        )
+
+
+def _read(row: ManifestRow, images: Path, prefix: str) -> bytes:
+    _, key = artifacts.parse_s3_uri(row.image)
+    name = PurePosixPath(key.removeprefix(prefix))
+    if not key.startswith(prefix) or name.is_absolute() or ".." in name.parts:
+        raise ImageError(f"does not lie under {prefix}")
+    try:
+        data = (images / name).read_bytes()
+    except FileNotFoundError:
+        raise ImageError("is missing") from None
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error}") from error
+    if hashlib.sha256(data).hexdigest() != row.sha256:
+        raise ImageError("has changed since it was annotated: its SHA-256 differs")
+    return data
+
+
+def _raise_all(kind: type[LabelloopError], what: str, problems: Sequence[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise kind(f"{len(problems)} {what}: {'; '.join(problems[:_LISTED])}{more}")

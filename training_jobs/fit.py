@@ -1,0 +1,187 @@
+"""Training: from a fresh network to the average of its weights, resumable at any step.
+
+Whatever is random in a step follows from the config's seed and the step's number alone, so a resumed training ends with the
+weights that an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from labelloop.errors import ConfigError
+from labelloop.model_config import ModelConfig
+from training_jobs.classification import ClassificationLoss, accuracy
+from training_jobs.dataset import Dataset, Examples
+from training_jobs.export import to_network
+from training_jobs.job import STOPPED, stop_noted
+
+log = logging.getLogger(__name__)
+
+_STEPS_AN_EPOCH = 30  # at least: a first training on some seventy images would otherwise end before it has learnt
+_WARM_UP = 0.1  # share of the steps in which the learning rate rises
+_AVERAGED = 1 / 16  # share of the steps that the averaged weights look back on
+_CHECKPOINTS = 10  # in a training
+_BATCH = 256  # images, where nothing is learnt
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to. `validation` is the accuracy, a share, or None without validation images."""
+
+    number: int
+    of: int
+    loss: float
+    validation: float | None
+    learning_rate: float
+    seconds: float
+
+    @property
+    def notable(self) -> bool:
+        """Whether to speak of it: about twenty epochs of a training."""
+        return self.number == self.of or self.number % math.ceil(self.of / 20) == 0
+
+
+def make_repeatable(seed: int) -> None:
+    """The same snapshot gives the same weights on the same kind of machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if not torch.cuda.is_available():
+        # Sums depend on the number of threads; and on a small network's steps threads cost more than they bring.
+        torch.set_num_threads(1)
+    torch.manual_seed(seed)
+
+
+def fit(
+    network: nn.Module,
+    data: Dataset,
+    config: ModelConfig,
+    augment: Callable[[Tensor], Tensor],
+    checkpoint: Path,
+    report: Callable[[Epoch], None],
+) -> nn.Module:
+    """Train on the train split and return a network of the same kind with the averaged weights, in evaluation mode.
+
+    `report` hears of every epoch. SIGTERM saves the state to `checkpoint` and ends the process; a checkpoint of the same
+    config is gone on from. Raises `ConfigError` when the loss is no number any more.
+    """
+    training = _Training(network, data.train, config, augment)
+    done = training.resume(checkpoint)
+    epochs, steps = config.hyperparameters.epochs, training.steps_an_epoch
+    with stop_noted() as stop:
+        for epoch in range(done // steps, epochs):
+            began, losses = time.monotonic(), []
+            batches = training.batches(epoch)
+            for step in range(max(done, epoch * steps), (epoch + 1) * steps):
+                losses.append(training.step(step, batches[step % steps]))
+                if stop.is_set():
+                    training.save(checkpoint, step + 1)
+                    log.info("told to stop; step %d of %d is saved", step + 1, epochs * steps)
+                    sys.exit(STOPPED)
+            loss = float(torch.stack(losses).mean())
+            if not math.isfinite(loss):
+                raise ConfigError(
+                    "config.yaml", f"the loss is {loss} after epoch {epoch + 1}; try less", "hyperparameters.learning_rate"
+                )
+            validation = training.accuracy(data.validation) if len(data.validation) else None
+            report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), time.monotonic() - began))
+            if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
+                training.save(checkpoint, (epoch + 1) * steps)
+    averaged: nn.Module = training.average.module
+    return averaged.eval()
+
+
+class _Training:
+    """The state of a training: weights, their average and the optimizer's memory."""
+
+    def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, augment: Callable[[Tensor], Tensor]) -> None:
+        self._config, self._hyperparameters = config, config.hyperparameters
+        self._pixels, self._targets, self._augment = torch.from_numpy(examples.pixels), examples.targets, augment
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.steps_an_epoch = max(math.ceil(len(examples) / self._hyperparameters.batch_size), _STEPS_AN_EPOCH)
+        self._steps = self.steps_an_epoch * self._hyperparameters.epochs
+        self._network = network.to(self._device).train()
+        decay = max(0.0, 1 - 1 / (_AVERAGED * self._steps))
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(self._network, multi_avg_fn=average, use_buffers=True).eval()
+        self._loss = ClassificationLoss(examples.targets, len(config.classes), self._hyperparameters.label_smoothing)
+        self._optimizer = torch.optim.AdamW(self._network.parameters(), weight_decay=self._hyperparameters.weight_decay)
+
+    def batches(self, epoch: int) -> Tensor:
+        """The epoch's batches as numbers of examples, `[steps, batch]`. All are full; a small set comes round several times."""
+        size = self._hyperparameters.batch_size
+        rounds = math.ceil(self.steps_an_epoch * size / len(self._targets))
+        order = torch.cat([torch.randperm(len(self._targets), generator=self._generator(epoch)) for _ in range(rounds)])
+        return order[: self.steps_an_epoch * size].view(self.steps_an_epoch, size)
+
+    def step(self, step: int, batch: Tensor) -> Tensor:
+        """Learn from one batch; returns its loss."""
+        torch.manual_seed(self._seed(step))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        images, targets = self._pixels[batch].to(self._device), self._targets[batch].to(self._device)
+        loss = self._loss(self._network(self._augment(to_network(images))), targets)
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self.average.update_parameters(self._network)
+        return loss.detach()
+
+    def learning_rate(self, step: int) -> float:
+        """A short rise, then half a cosine down to nothing."""
+        share = (step + 1) / self._steps
+        return self._hyperparameters.learning_rate * min(1.0, share / _WARM_UP) * (1 + math.cos(math.pi * share)) / 2
+
+    def accuracy(self, examples: Examples) -> float:
+        with torch.inference_mode():
+            pixels = torch.split(torch.from_numpy(examples.pixels), _BATCH)
+            logits = torch.cat([self.average(to_network(batch.to(self._device))).cpu() for batch in pixels])
+        return accuracy(logits, examples.targets)
+
+    def save(self, file: Path, steps: int) -> None:
+        """Whole or not at all: a machine may be taken away at any moment."""
+        unfinished = file.with_suffix(".new")
+        torch.save(
+            {"config": repr(self._config), "steps": steps, **{key: part.state_dict() for key, part in self._parts.items()}},
+            unfinished,
+        )
+        unfinished.replace(file)
+
+    def resume(self, file: Path) -> int:
+        """Take up a checkpoint where there is one; returns the steps already done. One that is of no use is said so and left."""
+        if not file.is_file():
+            return 0
+        try:
+            state = torch.load(file, map_location=self._device, weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            log.warning("the checkpoint cannot be read, training starts anew: %s", error)
+            return 0
+        if not isinstance(state, dict) or state.get("config") != repr(self._config):
+            log.warning("the checkpoint belongs to another training, this one starts anew")
+            return 0
+        for key, part in self._parts.items():
+            part.load_state_dict(state[key])
+        log.info("going on from the checkpoint at step %d of %d", state["steps"], self._steps)
+        return int(state["steps"])
+
+    @property
+    def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        return {"network": self._network, "average": self.average, "optimizer": self._optimizer}
+
+    def _seed(self, number: int) -> int:
+        return (self._hyperparameters.seed * 1_000_003 + number) % 2**63
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(epoch))

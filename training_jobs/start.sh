@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The container's start, in the unzipped code's folder (/opt/ml/code): install what the image lacks, then train.
+set -euo pipefail
+
+# Asks for nothing where every pin is met already, as on a laptop, whose environment has no pip.
+if ! python - <<'PYTHON'; then
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+def met(pin):
+    name, wanted = pin.split("==")
+    try:
+        return version(name) == wanted
+    except PackageNotFoundError:
+        return False
+
+with open("training_jobs/requirements.txt") as file:
+    pins = re.findall(r"^[\w.-]+==[\w.]+", file.read(), re.MULTILINE)
+sys.exit(0 if all(map(met, pins)) else 1)
+PYTHON
+  if ! python -m pip install --quiet --requirement training_jobs/requirements.txt; then
+    mkdir -p ../output
+    echo "pip could not install training_jobs/requirements.txt; the job's log says why" > ../output/failure
+    exit 1
+  fi
+fi
+
+exec python -m training_jobs.train
