@@ -181,7 +181,7 @@ class Demo:
             champion=serves,
         )
         self._report.versions.append(version)
-        self._console.print(_line(version), style="bold green", highlight=False)
+        self._console.print(_line(version), style="bold green", highlight=False, soft_wrap=True)
         if not serves:
             self._console.print(f"  kept version {champion.version if champion else 0}: {escape(promotion.reason)}")
 
@@ -192,16 +192,16 @@ class Demo:
             report.write_bytes(msgspec.json.format(msgspec.json.encode(self._report)))
         self._console.print()
         for version in self._report.versions:
-            self._console.print(_line(version), highlight=False)
+            self._console.print(_line(version), highlight=False, soft_wrap=True)
         self._console.print()
         for line in addresses_to_show(addresses):
-            self._console.print(line, highlight=False)
-        self._console.print(f"learning curve  {plot}", highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(f"learning curve  {plot}", highlight=False, soft_wrap=True)
         if report:
-            self._console.print(f"report          {report}", highlight=False)
+            self._console.print(f"report          {report}", highlight=False, soft_wrap=True)
 
     def _say(self, part: str, message: str) -> None:
-        self._console.print(f"[cyan]{escape(part):<13}[/cyan] {escape(message)}", highlight=False)
+        self._console.print(f"[cyan]{escape(part):<13}[/cyan] {escape(message)}", highlight=False, soft_wrap=True)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -68,8 +68,12 @@ def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's da
     addresses = stack.up()
     console.print()
     for line in addresses_to_show(addresses):
-        console.print(line, highlight=False)
-    console.print("next: labelloop setup-label-studio-project MODEL, then labelloop upload-images MODEL FOLDER", highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(
+        "next: labelloop setup-label-studio-project MODEL, then labelloop upload-images MODEL FOLDER",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -112,8 +116,8 @@ def setup_label_studio_project(model: Model, stage: Stage = "local", home: Home 
         print(msgspec.json.encode({"project": done.project, "changes": done.changes}).decode())
         return
     for change in done.changes or ["nothing to change"]:
-        console.print(change, highlight=False)
-    console.print(f"project {done.project} is set up", highlight=False)
+        console.print(change, highlight=False, soft_wrap=True)
+    console.print(f"project {done.project} is set up", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -143,9 +147,9 @@ def upload_images(
     if as_json:
         print(msgspec.json.encode({"uploaded": len(files) - len(refused), "refused": refused}).decode())
     else:
-        console.print(f"uploaded {len(files) - len(refused):,} of {len(files):,}", highlight=False)
+        console.print(f"uploaded {len(files) - len(refused):,} of {len(files):,}", highlight=False, soft_wrap=True)
         for name, reason in refused.items():
-            console.print(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}", highlight=False)
+            console.print(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
     if refused:
         raise typer.Exit(2)
 
@@ -156,10 +160,10 @@ def main() -> NoReturn:
     try:
         app()
     except LabelloopError as error:
-        problems.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        problems.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
-        problems.print("interrupted", highlight=False)
+        problems.print("interrupted", highlight=False, soft_wrap=True)
         sys.exit(130)
     sys.exit(0)
 
@@ -177,7 +181,7 @@ def _until_interrupted() -> None:
 
 
 def _say(part: str, message: str) -> None:
-    console.print(f"[cyan]{escape(part):<13}[/cyan] {escape(message)}", highlight=False)
+    console.print(f"[cyan]{escape(part):<13}[/cyan] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

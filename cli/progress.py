@@ -52,4 +52,6 @@ class Steps:
             if tenth > self._told:
                 self._told = tenth
                 seconds = time.monotonic() - self._began
-                self._console.print(f"  {escape(self._title)}: {done:,} of {self._total:,}  ({seconds:.0f} s)", highlight=False)
+                self._console.print(
+                    f"  {escape(self._title)}: {done:,} of {self._total:,}  ({seconds:.0f} s)", highlight=False, soft_wrap=True
+                )

@@ -17,6 +17,8 @@ from local import emulator, processes
 from local.environment import LOOPBACK, aws_environment, clean_environment
 from local.toolchain import find_uv
 
+pytest_plugins = ["tests.laptop"]  # the whole stack, for tests/loop and tests/browser
+
 # Before anything starts threads of its own: torch and numpy spin on every core.
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
 

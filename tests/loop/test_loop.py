@@ -200,8 +200,12 @@ def test_a_lost_promotion_event_heals_by_itself(loop: Loop, first_version: Promo
         TableName=loop.deployment.outputs["LedgerTable"],
         Key={"model": {"S": loop.model}, "record": {"S": f"promotion#{trained.job_name}"}},
     )
-    loop.webhook("ANNOTATION_UPDATED")
-    wait_for(lambda: loop.deployment.ledger.promotion(loop.model, trained.job_name), 60, "the verdict")
+
+    def judged_again() -> Promotion | None:
+        loop.webhook("ANNOTATION_UPDATED")  # `retrain` gives the event of the job's end half a minute
+        return loop.deployment.ledger.promotion(loop.model, trained.job_name)
+
+    wait_for(judged_again, 90, "the verdict")
     assert loop.job_names() == before
 
 

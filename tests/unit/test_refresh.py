@@ -52,7 +52,7 @@ def test_a_title_that_somebody_overwrites_is_written_again(
     champions: Champions, ledger: Ledger, label_studio: FakeLabelStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Label Studio saves a backend whole when it is looked at; whoever looked just before brings the old title back."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", [].append)
     champions.swap(examples.champion(3), tag=None)
     label_studio.titles_lost = 2
     assert run(champions, ledger, label_studio) == "digits v3"

@@ -183,13 +183,16 @@ def test_a_job_that_the_service_forgot_is_started_again(loop: Loop) -> None:
     assert [job.job_name for job, _ in loop.launcher.started] == [started, started]
 
 
-def test_a_completed_job_is_noted_and_the_gate_waited_for(loop: Loop) -> None:
+def test_a_completed_job_is_noted_and_the_gate_waited_for(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.annotate(100)
     name = loop.look().started
     loop.launcher.end("Completed")
     loop.annotate(600)
     outcome = loop.look()
     assert outcome == Outcome(None, f"waiting for the promotion gate to decide about {name}")
+    assert loop.recalled == [], "promote may be at it now"
+    monkeypatch.setattr("labelloop.retrain._PROMOTION_GRACE", timedelta(0))
+    loop.look()
     assert loop.recalled == [("digits", name)]
     head = loop.ledger.head("digits")
     assert head.running is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
@@ -22,6 +22,7 @@ from labelloop.model_config import ModelConfigs
 from labelloop.policy import Decision, decide
 from labelloop.records import Failure, Head, Job, Snapshot, Trained, Training, TrainingStatus, now
 
+_PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
 ASKED = "START_TRAINING"  # Label Studio's button
 
 
@@ -90,7 +91,8 @@ class Reconciler:
     def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
         if head.trained and self._ledger.promotion(model, head.trained.job_name) is None:
             # The next challenger meets whoever wins this one. Asking again heals an end that `promote` never saw.
-            self._recall_promotion(model, head.trained.job_name)
+            if datetime.now(UTC) - datetime.fromisoformat(head.trained.ended_at) > _PROMOTION_GRACE:
+                self._recall_promotion(model, head.trained.job_name)
             return Outcome(None, f"waiting for the promotion gate to decide about {head.trained.job_name}")
         folder = self._configs[model]
         project = self._ledger.project(model)
