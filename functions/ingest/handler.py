@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,6 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     logger.info("ingested", tasks=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
     for key, reason in outcome.refused.items():
         logger.warning("refused", key=key, reason=reason)
-    for message, reason in outcome.again.items():
-        logger.error("comes again", message_id=message, reason=reason)
+    for reason, messages in Counter(outcome.again.values()).items():
+        logger.error("comes again", messages=messages, reason=reason)
     return {"batchItemFailures": [{"itemIdentifier": message} for message in outcome.again]}

@@ -9,8 +9,8 @@ from aws_cdk import aws_s3 as s3
 
 from infra_cdk.nag import acknowledge_wildcard
 
-_LEDGER_READ = ["dynamodb:GetItem", "dynamodb:BatchGetItem", "dynamodb:Query"]
-_LEDGER_WRITE = ["dynamodb:PutItem", "dynamodb:UpdateItem", "dynamodb:DeleteItem", "dynamodb:ConditionCheckItem"]
+_LEDGER_READ = ["dynamodb:GetItem", "dynamodb:Query"]
+_LEDGER_WRITE = ["dynamodb:PutItem", "dynamodb:UpdateItem", "dynamodb:BatchWriteItem"]
 
 
 def allow(role: iam.Role, *actions: str, on: str, wildcard: str | None = None) -> None:

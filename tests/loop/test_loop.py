@@ -182,7 +182,9 @@ def test_a_stopped_training_service_leaves_the_ledger_able_to_train(loop: Loop, 
     job = wait_for(lambda: loop.deployment.ledger.head(loop.model).running, 60, "the job runs")
     assert job.n_annotations == annotated
     wait_for(lambda: loop.stack.job_log(job.job_name).exists(), 60, "the job's process writes")
-    psutil.Process(loop.stack.pids()["sagemaker"]).kill()
+    service = psutil.Process(loop.stack.pids()["sagemaker"])
+    service.kill()
+    service.wait(30)
     loop.stack.up()
     failure = wait_for(lambda: loop.deployment.ledger.head(loop.model).failure, 120, "the failure is noted")
     assert failure.job_name == job.job_name
