@@ -233,22 +233,22 @@ class Demo:
 class Annotator:
     """A person at Label Studio who knows the truth: opens tasks in a fixed random order and submits an annotation each.
 
-    `annotated` counts those so far.
+    `tasks` holds image and id of each, in that order; `annotated` counts those done so far.
     """
 
     def __init__(self, deployment: Deployment, folder: ModelFolder, project: int, truth: dict[str, str]) -> None:
         self._label_studio, self._label_config, self._truth = deployment.label_studio, folder.label_config, truth
-        self._tasks = sorted(self._label_studio.images(project, folder.label_config.data_key).items())
-        random.Random(0).shuffle(self._tasks)
+        self.tasks = sorted(self._label_studio.images(project, folder.label_config.data_key).items())
+        random.Random(0).shuffle(self.tasks)
         self.annotated = 0
 
     def annotate_up_to(self, count: int, console: Console) -> None:
         """Go on until `count` tasks are annotated in all."""
-        if count > len(self._tasks):
-            raise ServiceError(f"there are {len(self._tasks)} images; {count} cannot be annotated")
+        if count > len(self.tasks):
+            raise ServiceError(f"there are {len(self.tasks)} images; {count} cannot be annotated")
         with Steps(console, f"annotating up to {count:,}", count) as steps, ThreadPoolExecutor(_ANNOTATORS) as pool:
             steps.reach(self.annotated)
-            for annotation in [pool.submit(self._annotate, *task) for task in self._tasks[self.annotated : count]]:
+            for annotation in [pool.submit(self._annotate, *task) for task in self.tasks[self.annotated : count]]:
                 annotation.result()
                 steps.advance()
         self.annotated = count

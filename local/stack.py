@@ -184,7 +184,9 @@ class LaptopStack:
 
     def function_log(self, name: str) -> str:
         """What a function (`retrain`, say) has logged so far, in all its workers."""
-        return "".join(path.read_text(errors="replace") for path in sorted((self._logs / "functions").glob(f"*{name}*")))
+        return "".join(
+            path.read_text(errors="replace") for path in sorted((self._logs / "functions").glob(f"*{name.capitalize()}Function*"))
+        )
 
     def _start_missing(self, record: _Record) -> None:
         """Start every part that does not run, all at once: each knows the others' addresses beforehand."""

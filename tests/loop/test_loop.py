@@ -105,8 +105,7 @@ def test_the_holdout_is_never_trained_on(loop: Loop, first_version: Promotion) -
 def test_label_studio_stores_predictions_of_the_version_once(loop: Loop, first_version: Promotion) -> None:
     """Opening a task asks for its prediction; opening it again does not double it."""
     _wait_for_title(loop, "digits v1")
-    images = loop.deployment.label_studio.images(loop.project, "image")
-    task = images[loop.address(loop.data[-1])]
+    _, task = loop.annotator.tasks[-3]
     for _ in range(2):
         predictions = _open_task(loop, task)["predictions"]
     assert [prediction["model_version"] for prediction in predictions] == ["digits v1"]
@@ -231,8 +230,7 @@ def test_setting_the_project_up_again_changes_nothing(loop: Loop) -> None:
 
 def test_an_unknown_class_is_left_out_and_counted(loop: Loop, first_version: Promotion) -> None:
     """Label Studio stores any label unchecked; the snapshot leaves out what config.yaml does not name."""
-    images = loop.deployment.label_studio.images(loop.project, "image")
-    task = images[loop.address(loop.data[-2])]
+    _, task = loop.annotator.tasks[-2]
     loop.deployment.label_studio.annotate(task, choice_result("eleven", loop.folder.label_config), seconds=1)
     loop.webhook("START_TRAINING")
     _wait_until_idle(loop, "RetrainQueue")
