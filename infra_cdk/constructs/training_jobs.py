@@ -17,7 +17,8 @@ from infra_cdk.nag import acknowledge_wildcard
 from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
 from infra_cdk.stage import Stage
 
-# `image_uris.retrieve("pytorch-amzn2023", version="2.14", …)` of the sagemaker SDK 3.27.0; the registry's account goes by region.
+# What `image_uris.retrieve("pytorch-amzn2023", version="2.14", …)` of the sagemaker SDK says, which tests/infra asks; the
+# registry's account goes by region.
 _REPOSITORY = "pytorch"
 _TAG = "2.14-cu133-amzn2023-sagemaker"
 
