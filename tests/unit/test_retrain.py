@@ -326,3 +326,30 @@ def test_a_label_studio_that_fails_leaves_nothing_behind(loop: Loop, method: str
     assert loop.ledger.head("digits").sequence == 0
     loop.label_studio.down = set()
     assert loop.look().started
+
+
+def test_start_training_is_remembered_while_nothing_can_start(loop: Loop) -> None:
+    loop.train(100)
+    loop.annotate(101)
+    assert loop.look(asked=True).started
+    loop.annotate(102)
+    assert loop.look(asked=True).started is None
+    assert loop.ledger.head("digits").asked
+    loop.launcher.end("Completed")
+    assert loop.look().reason.startswith("waiting for the promotion gate")
+    loop.decide(2)
+    assert loop.look().started, "what was asked for"
+    assert not loop.ledger.head("digits").asked
+
+
+def test_what_was_asked_for_is_forgotten_when_there_is_nothing_new(loop: Loop) -> None:
+    loop.train(100)
+    loop.annotate(101)
+    assert loop.look(asked=True).started
+    loop.look(asked=True)
+    loop.launcher.end("Completed")
+    loop.look()
+    loop.decide(2)
+    assert loop.look() == Outcome(None, "nothing new since the last training")
+    assert not loop.ledger.head("digits").asked
+    assert len(loop.launcher.started) == 2

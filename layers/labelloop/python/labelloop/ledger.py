@@ -61,7 +61,7 @@ class Ledger:
 
     def claim(self, head: Head, job: Job) -> Head:
         """Record that `job` is the model's running training. Raises `ConflictError` when the head has changed meanwhile."""
-        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job)
+        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job, asked=False)
         self._advance(head, claimed, Training(job=job, status="running"))
         return claimed
 
@@ -70,6 +70,10 @@ class Ledger:
         after = msgspec.structs.replace(after, sequence=head.sequence + 1, running=None)
         self._advance(head, after, training)
         return after
+
+    def remember_asked(self, head: Head, *, asked: bool) -> None:
+        """Note that a training was asked for, or that it no longer is. Raises `ConflictError`."""
+        self._advance(head, msgspec.structs.replace(head, sequence=head.sequence + 1, asked=asked), None)
 
     def trainings(self, model: str) -> list[Training]:
         """All trainings, the earliest first."""
@@ -143,7 +147,8 @@ class Ledger:
             else:
                 raise StorageError("the ledger is throttled; the images will be noted with the next try")
 
-    def _advance(self, before: Head, after: Head, training: Training) -> None:
+    def _advance(self, before: Head, after: Head, training: Training | None) -> None:
+        """Write the head, and a training with it, or nothing. Raises `ConflictError` when the head is no longer `before`."""
         head_item = {
             **_key(before.model, "head"),
             "sequence": {"N": str(after.sequence)},
@@ -158,15 +163,14 @@ class Ledger:
                 "ExpressionAttributeValues": {":sequence": {"N": str(before.sequence)}},
             }
         )
-        training_item = {
-            **_key(before.model, f"training#{training.job.job_name}"),
-            "body": {"S": msgspec.json.encode(training).decode()},
-        }
-        is_new = {"ConditionExpression": "attribute_not_exists(#record)", "ExpressionAttributeNames": {"#record": "record"}}
-        puts: Any = [
-            {"Put": {"TableName": self._table, "Item": head_item, **unchanged}},
-            {"Put": {"TableName": self._table, "Item": training_item, **(is_new if training.status == "running" else {})}},
-        ]
+        puts: Any = [{"Put": {"TableName": self._table, "Item": head_item, **unchanged}}]
+        if training is not None:
+            item = {
+                **_key(before.model, f"training#{training.job.job_name}"),
+                "body": {"S": msgspec.json.encode(training).decode()},
+            }
+            is_new = {"ConditionExpression": "attribute_not_exists(#record)", "ExpressionAttributeNames": {"#record": "record"}}
+            puts.append({"Put": {"TableName": self._table, "Item": item, **(is_new if training.status == "running" else {})}})
         try:
             self._client.transact_write_items(TransactItems=puts)
         except ClientError as error:

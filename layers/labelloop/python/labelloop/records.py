@@ -136,13 +136,17 @@ class Failure(Record, frozen=True, kw_only=True):
 
 
 class Head(Record, frozen=True, kw_only=True):
-    """The ledger's head of a model. `sequence` counts changes: writing demands the one that was read."""
+    """The ledger's head of a model. `sequence` counts changes: writing demands the one that was read.
+
+    `asked`: somebody pressed Start Training while no training could start.
+    """
 
     model: str
     sequence: int = 0
     running: Job | None = None
     trained: Trained | None = None
     failure: Failure | None = None
+    asked: bool = False
 
 
 class Training(Record, frozen=True, kw_only=True):

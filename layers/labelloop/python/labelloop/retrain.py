@@ -6,6 +6,8 @@ heals with the next look: the snapshot is content-addressed, the ledger's claim 
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,6 +25,7 @@ from labelloop.policy import Decision, decide
 from labelloop.records import Failure, Head, Job, Snapshot, Trained, Training, TrainingStatus, now
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
+_TRIES = 5  # of a look that another one got ahead of
 ASKED = "START_TRAINING"  # Label Studio's button
 
 
@@ -52,12 +55,25 @@ class Reconciler:
 
     def reconcile(self, model: str, *, asked: bool = False) -> Outcome:
         """Bring the ledger up to date with SageMaker and start a training if one is due. Raises `LabelloopError`."""
-        try:
-            head = self._settle(model, self._ledger.head(model))
-            return self._train_if_due(model, head, asked=asked)
-        except ConflictError as error:
-            # The other reconcile saw what this one saw; what it left undone, the end of its job brings up again.
-            return Outcome(None, str(error))
+        for _ in range(_TRIES - 1):
+            try:
+                return self._look(model, asked=asked)
+            except ConflictError:  # another reconcile was first: look at what it left
+                time.sleep(random.uniform(0.02, 0.2))
+        return self._look(model, asked=asked)
+
+    def _look(self, model: str, *, asked: bool) -> Outcome:
+        head = self._settle(model, self._ledger.head(model))
+        asked = asked or head.asked
+        busy = self._busy(model, head)
+        if busy:
+            if asked and not head.asked:  # somebody pressed Start Training: once there is room for it
+                self._ledger.remember_asked(head, asked=True)
+            return Outcome(None, busy)
+        outcome = self._train_if_due(model, head, asked=asked)
+        if head.asked and outcome.started is None:
+            self._ledger.remember_asked(head, asked=False)
+        return outcome
 
     def _settle(self, model: str, head: Head) -> Head:
         """Find out what became of the running job; start it when it was claimed and never started."""
@@ -88,12 +104,18 @@ class Reconciler:
         after = msgspec.structs.replace(head, failure=failure)
         return self._ledger.finish(head, after, Training(job=job, status=status, ended_at=ended_at, failure=reason))
 
-    def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
+    def _busy(self, model: str, head: Head) -> str | None:
+        """Why no training may start now, whatever is due; None when one may."""
+        if head.running:
+            return f"{head.running.job_name} is running"
         if head.trained and self._ledger.promotion(model, head.trained.job_name) is None:
             # The next challenger meets whoever wins this one. Asking again heals an end that `promote` never saw.
             if datetime.now(UTC) - datetime.fromisoformat(head.trained.ended_at) > _PROMOTION_GRACE:
                 self._recall_promotion(model, head.trained.job_name)
-            return Outcome(None, f"waiting for the promotion gate to decide about {head.trained.job_name}")
+            return f"waiting for the promotion gate to decide about {head.trained.job_name}"
+        return None
+
+    def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
         folder = self._configs[model]
         project = self._ledger.project(model)
         decision = self._decide(model, head, self._label_studio.count_annotated(project), asked=asked)
