@@ -251,7 +251,7 @@ class Annotator:
             for annotation in [pool.submit(self._annotate, *task) for task in self.tasks[self.annotated : count]]:
                 annotation.result()
                 steps.advance()
-        self.annotated = count
+        self.annotated = max(self.annotated, count)
 
     def _annotate(self, image: str, task: int) -> None:
         self._label_studio.annotate(task, choice_result(self._truth[image], self._label_config), seconds=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ from local.stack import LaptopStack
 
 IMAGES = 300
 FIRST, SECOND = 60, 200  # annotations at which the test's model trains by itself
+
+
+def _log(part: str, text: str) -> None:
+    logging.getLogger(__name__).info("%s: %s", part, text)
 
 
 @dataclass
@@ -116,14 +121,9 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def loop(tmp_path_factory: pytest.TempPathFactory, model_configs: Path) -> Iterator[Loop]:
+def running_loop(tmp_path_factory: pytest.TempPathFactory, model_configs: Path) -> Iterator[Loop]:
     """The stack, deployed, with the digits' project set up and its images ingested."""
-    messages: list[str] = []
-    stack = LaptopStack(
-        tmp_path_factory.mktemp("stack"),
-        model_configs=model_configs,
-        report=lambda part, text: messages.append(f"{part}: {text}"),
-    )
+    stack = LaptopStack(tmp_path_factory.mktemp("stack"), model_configs=model_configs, report=_log)
     try:
         with pytest.MonkeyPatch.context() as patch:
             addresses = stack.up()
@@ -144,13 +144,24 @@ def loop(tmp_path_factory: pytest.TempPathFactory, model_configs: Path) -> Itera
             tasks = deployment.label_studio
             wait_for(lambda: tasks.counts(project)["tasks"] >= len(data), 120, "every image becomes a task")
             truth = {s3_uri(deployment.images.name, folder.config.images_prefix + d.name): d.label for d in data}
-            yield Loop(stack, deployment, folder, project, data, Annotator(deployment, folder, project, truth))
+            annotator = Annotator(deployment, folder, project, truth)
+        yield Loop(stack, deployment, folder, project, data, annotator)
     finally:
         stack.down()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def loop(running_loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Loop:
+    """The running loop; the environment of this one test leads every client to it, and not to the unit tests' emulator."""
+    addresses = running_loop.deployment.laptop
+    assert addresses is not None
+    for name, value in addresses.aws_environment().items():
+        monkeypatch.setenv(name, value)
+    return running_loop
+
+
+@pytest.fixture
 def first_version(loop: Loop) -> Promotion:
-    """The first training by itself: annotated up to `FIRST`, trained, promoted."""
+    """The first training by itself: annotated up to `FIRST`, trained, promoted. The first test that asks waits for it."""
     loop.annotator.annotate_up_to(FIRST, Console(quiet=True))
     return loop.verdict_about(FIRST)

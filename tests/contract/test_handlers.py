@@ -325,10 +325,16 @@ def test_refresh_renames_the_backend_to_what_serves_now(
     Champions(bucket).swap(examples.champion(5), tag=None)
     backend = {"id": 9, "project": 3, "url": "http://api/v1/digits", "title": "digits v0"}
     backend |= {"auth_method": "BASIC_AUTH", "basic_auth_user": "digits"}
-    label_studio.answer = lambda request: Answer(body=[backend] if request.method == "GET" else {})
+
+    def answer(request: Any) -> Answer:
+        if request.method == "PATCH":
+            backend["title"] = request.json["title"]
+        return Answer(body=[backend] if request.method == "GET" else {})
+
+    label_studio.answer = answer
     handler = examples.load_handler("refresh")
     messages = [{"model": "digits", "version": 4}, {"model": "faces", "version": 1}, "no json"]
     assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1", "m2"]
-    assert label_studio.paths == ["GET /api/ml?project=3", "PATCH /api/ml/9"]
-    assert label_studio.requests[-1].json["title"] == "digits v5", "what serves, not what the event says"
-    assert label_studio.requests[-1].json["basic_auth_pass"] == "its own"
+    assert label_studio.paths == ["GET /api/ml?project=3", "PATCH /api/ml/9", "GET /api/ml?project=3"]
+    assert label_studio.requests[1].json["title"] == "digits v5", "what serves, not what the event says"
+    assert label_studio.requests[1].json["basic_auth_pass"] == "its own"
