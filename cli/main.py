@@ -134,8 +134,8 @@ def upload_images(
 
     deployment, config = Deployment.find(stage, home), ModelConfigs.find()[model].config
     deployment.ledger.project(model)  # without a project the images could become no tasks
-    files = list(image_files(paths))
-    refused: dict[str, str] = {}
+    files, refused = image_files(paths)
+    total = len(files) + len(refused)
     with Steps(problems if as_json else console, "uploading", len(files)) as steps:
 
         def done(name: str, refusal: str | None) -> None:
@@ -143,11 +143,11 @@ def upload_images(
             if refusal:
                 refused[name] = refusal
 
-        upload(deployment.images, config.images_prefix, [(file.name, file.read_bytes) for file in files], done)
+        upload(deployment.images, config.images_prefix, [(name, file.read_bytes) for name, file in files.items()], done)
     if as_json:
-        print(msgspec.json.encode({"uploaded": len(files) - len(refused), "refused": refused}).decode())
+        print(msgspec.json.encode({"uploaded": total - len(refused), "refused": refused}).decode())
     else:
-        console.print(f"uploaded {len(files) - len(refused):,} of {len(files):,}", highlight=False, soft_wrap=True)
+        console.print(f"uploaded {total - len(refused):,} of {total:,}", highlight=False, soft_wrap=True)
         for name, reason in refused.items():
             console.print(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
     if refused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,13 +13,20 @@ from labelloop.errors import ImageError
 THREADS = 16
 
 
-def image_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files of folders, recursively, and the files given; hidden ones aside."""
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        else:
-            yield path
+def image_files(paths: Iterable[Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files given and those of the folders given, hidden ones aside, by the name they get in S3; and the refused ones.
+
+    A file of a folder keeps its path inside it. Of two files that would get the same name the second is refused.
+    """
+    named: dict[str, Path] = {}
+    refused: dict[str, str] = {}
+    for given in paths:
+        inside = sorted(p for p in given.rglob("*") if p.is_file() and not p.name.startswith(".")) if given.is_dir() else [given]
+        for path in inside:
+            name = path.relative_to(given).as_posix() if given.is_dir() else path.name
+            if named.setdefault(name, path) != path:
+                refused[str(path)] = f"{named[name]} has the same name, {name}"
+    return named, refused
 
 
 def upload(
