@@ -61,7 +61,10 @@ class Deployment:
     @cached_property
     def outputs(self) -> dict[str, str]:
         """The outputs of the stage's stacks, by key. Raises `NotSetUpError` when it is not deployed."""
-        cloudformation = boto3.client("cloudformation")
+        try:
+            cloudformation = boto3.client("cloudformation")
+        except BotoCoreError as error:  # no region, no such profile
+            raise SettingsError(f"AWS is not configured: {error}") from error
         found: dict[str, str] = {}
         for part in ("state", "training", "serving"):
             name = f"labelloop-{self.stage}-{part}"

@@ -85,6 +85,8 @@ def down(
     from local.stack import LaptopStack
 
     stack = LaptopStack(home.resolve(), model_configs=Path("model_configs"), report=_say)
+    if not stack.pids():
+        _say("laptop", f"nothing runs in {home}")
     if erase:
         stack.erase()
     else:

@@ -1,0 +1,47 @@
+"""The command line's manners: what a person did wrong is said in a line, with an exit code, and never as a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli.main", *words]
+    plain = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "AWS_EC2_METADATA_DISABLED": "true", **environment}
+    return subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["status", "digits"], 2, "labelloop up"),
+        (["status", "digits", "--stage", "dev"], 2, "AWS is not configured"),
+        (["demo", "--annotations", "5,3"], 2, "must rise"),
+        (["demo", "--annotations", "many"], 2, "numbers with commas"),
+        (["demo", "--report", "/nowhere/at/all.json"], 2, "there is no folder"),
+        (["upload-images", "digits", "/nowhere.png"], 2, "does not exist"),
+        (["no-such-command"], 2, "No such command"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int, said: str) -> None:
+    done = labelloop(*words, folder=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_explains_itself(tmp_path: Path) -> None:
+    assert labelloop("--help", folder=tmp_path).returncode == 0
+    for command in ("demo", "up", "down", "status", "setup-label-studio-project", "upload-images"):
+        done = labelloop(command, "--help", folder=tmp_path)
+        assert done.returncode == 0, command
+        assert len(done.stdout.split()) > 20
+
+
+def test_down_says_when_nothing_runs(tmp_path: Path) -> None:
+    done = labelloop("down", folder=tmp_path)
+    assert (done.returncode, "nothing runs" in done.stdout) == (0, True)
