@@ -45,7 +45,8 @@ def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, 
     submit = page.get_by_role("button", name="Submit current annotation")
     expect(submit).to_be_visible(timeout=30_000)
 
-    chosen = page.locator("label:has(input[type=checkbox]:checked), label:has(input[type=radio]:checked)")
+    # By the choices' own names, "6[6]": the Data Manager's rows beside the editor have checked boxes of their own.
+    chosen = page.get_by_role("checkbox", name=re.compile(r"^\d\[\d\]$"), checked=True)
     expect(chosen).to_have_count(1, timeout=15_000)
     expect(page.get_by_text("digits v1").first).to_be_visible()
     # The image itself came by a presigned address, through the bucket's CORS.
