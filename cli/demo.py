@@ -1,13 +1,15 @@
-"""`labelloop demo`: the whole loop on this machine, on the stacks that go to AWS, with a data set that needs no download."""
+"""`labelloop demo`: the whole loop on this machine, on the stacks that go to AWS, with data sets that need no download."""
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,34 +20,35 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from cli import digits
+from cli import examples
 from cli.deployment import BackendAccess, Deployment, addresses_to_show
-from cli.digits import Digit
+from cli.examples import Example, ExampleModel
 from cli.label_studio_project import set_up_project
 from cli.progress import Steps
 from cli.upload import upload
+from labelloop import imaging, problem_types
 from labelloop.artifacts import s3_uri
 from labelloop.dataset import split_of
 from labelloop.errors import LabelloopError, LocalServiceError, ServiceError
-from labelloop.label_studio.payloads import choice_result
+from labelloop.label_studio.payloads import Annotation
 from labelloop.model_config import ModelConfigs, ModelFolder
-from labelloop.records import Promotion, version_string
+from labelloop.records import METRIC_TITLES, ManifestRow, Metric, Promotion, Region, version_string
 from local.stack import Addresses, LaptopStack
 
-MODEL = "digits"
 _ANNOTATORS = 2  # at once; Label Studio on SQLite writes one at a time anyway
 _TASKS_A_REQUEST = 40
 _STALLED_SECONDS = 300  # without any progress
+_PICTURES = (3, 4)  # rows and columns of holdout images with their predicted boxes
 
 
 class Version(msgspec.Struct, kw_only=True):
-    """A line of the report. Accuracies are shares: `accuracy` on the annotated holdout, `served_accuracy` on all of it."""
+    """A line of the report. `value` is the metric on the annotated holdout, `served_value` that on all of the holdout."""
 
     version: int
     annotations: int
-    accuracy: float
+    value: float
     holdout_images: int
-    served_accuracy: float
+    served_value: float
     champion: bool
 
 
@@ -53,30 +56,41 @@ class Report(msgspec.Struct, kw_only=True):
     """What `--report` writes. `seconds` by phase."""
 
     model: str
+    metric: Metric
     versions: list[Version]
     seconds: dict[str, float]
 
 
-class Demo:
-    """One run. `counts` are the numbers of annotations at which it trains."""
+@dataclass(frozen=True)
+class Served:
+    """What the deployed endpoint answers about the whole holdout, annotated or not, and the metric over it."""
 
-    def __init__(self, home: Path, counts: list[int], console: Console) -> None:
-        self._home, self._counts, self._console = home, counts, console
+    holdout: list[Example]
+    found: list[list[Region]]
+    value: float
+
+
+class Demo:
+    """One run with the example data set of `model`. `counts` are the numbers of annotations at which it trains."""
+
+    def __init__(self, home: Path, model: ExampleModel, counts: list[int], console: Console) -> None:
+        self._home, self._model, self._counts, self._console = home, model, counts, console
         self._configs = home.with_name(f"{home.name}-model_configs")
-        self._report = Report(model=MODEL, versions=[], seconds={})
+        self._problem_type = problem_types.of(ModelConfigs.find()[model].config.problem_type)
+        self._report = Report(model=model, metric=self._problem_type.metric, versions=[], seconds={})
         self._stack = LaptopStack(home, model_configs=self._configs, report=self._say)
 
     def run(self, *, linger: Callable[[], None] | None, report: Path | None) -> Report:
         """Start clean, turn the loop, show where to look, `linger` if asked to, and stop everything, whatever happens."""
         self._stack.erase()
         shutil.rmtree(self._configs, ignore_errors=True)
-        _configs_that_train_at(self._counts, self._configs)
+        _configs_that_train_at(self._model, self._counts, self._configs)
         try:
             with self._phase("start"):
                 addresses = self._stack.up()
             self._report.seconds |= {f"start: {part}": seconds for part, seconds in self._stack.timings.items()}
-            self._turn(addresses)
-            self._finish(addresses, report)
+            served = self._turn(addresses)
+            self._finish(addresses, served, report)
             if linger:
                 self._console.print("\nEverything goes on running until Ctrl-C.", style="bold")
                 linger()
@@ -85,10 +99,11 @@ class Demo:
             self._stack.down()
         return self._report
 
-    def _turn(self, addresses: Addresses) -> None:
+    def _turn(self, addresses: Addresses) -> Served:
+        """From the upload to the last training; what serves then."""
         deployment = Deployment.on_laptop(addresses)
-        folder = ModelConfigs(self._configs)[MODEL]
-        data = digits.load()
+        folder = ModelConfigs(self._configs)[self._model]
+        data = examples.load(self._model)
         with self._phase("project"):
             project = set_up_project(deployment, folder)
             for change in project.changes:
@@ -97,8 +112,7 @@ class Demo:
             self._upload(deployment, folder, data)
         with self._phase("ingest"):
             self._wait_for_tasks(deployment, project.project, len(data))
-        truth = {s3_uri(deployment.images.name, folder.config.images_prefix + digit.name): digit.label for digit in data}
-        annotator = Annotator(deployment, folder, project.project, truth)
+        annotator = Annotator(deployment, folder, project.project, data)
         for count in self._counts:
             with self._phase(f"annotate {count}"):
                 annotator.annotate_up_to(count, self._console)
@@ -107,22 +121,16 @@ class Demo:
                 if promotion.verdict == "promote":
                     self._wait_for_label_studio(deployment, project.project, promotion.version)
             with self._phase(f"serve {count}"):
-                served = served_accuracy(deployment, folder, data)
+                served = ask_about_holdout(deployment, folder, data)
             self._note(deployment, promotion, served)
+        return served
 
-    def _upload(self, deployment: Deployment, folder: ModelFolder, data: list[Digit]) -> None:
-        refused: list[str] = []
+    def _upload(self, deployment: Deployment, folder: ModelFolder, data: list[Example]) -> None:
         with Steps(self._console, "uploading images", len(data)) as steps:
-
-            def done(name: str, refusal: str | None) -> None:
-                steps.advance()
-                if refusal:
-                    refused.append(f"{name}: {refusal}")
-
-            images: list[tuple[str, Callable[[], bytes]]] = [(digit.name, partial(bytes, digit.png)) for digit in data]
-            upload(deployment.images, folder.config.images_prefix, images, done)
-        if refused:
-            raise ServiceError(f"{len(refused)} images were refused: {refused[0]}")
+            images = [(example.name, partial(bytes, example.image)) for example in data]
+            refused = upload(deployment.images, folder.config.images_prefix, images, lambda _name, _why: steps.advance()).refused
+        for name, why in refused.items():
+            raise ServiceError(f"{len(refused)} images were refused: {name}: {why}")
 
     def _wait_for_tasks(self, deployment: Deployment, project: int, expected: int) -> None:
         with Steps(self._console, "images become tasks", expected) as steps, self._progressing("ingest") as progress:
@@ -138,10 +146,10 @@ class Demo:
         last = ""
         with self._progressing("training") as progress:
             while True:
-                for promotion in deployment.ledger.promotions(MODEL).values():
+                for promotion in deployment.ledger.promotions(self._model).values():
                     if promotion.n_annotations == annotations:
                         return promotion
-                head = deployment.ledger.head(MODEL)
+                head = deployment.ledger.head(self._model)
                 if head.failure and head.failure.n_annotations == annotations:
                     log = self._stack.job_log(head.failure.job_name)
                     raise LocalServiceError("training", f"{head.failure.job_name} failed: {head.failure.reason}", log)
@@ -162,41 +170,45 @@ class Demo:
         return next((line for line in reversed(lines) if line.startswith("epoch")), f"{job_name} started")
 
     def _wait_for_label_studio(self, deployment: Deployment, project: int, version: int) -> None:
-        title = version_string(MODEL, version)
+        title = version_string(self._model, version)
         with self._progressing("refresh") as progress:
             while deployment.label_studio.model_version(project) != title:
                 progress(title)
 
-    def _note(self, deployment: Deployment, promotion: Promotion, served: float) -> None:
-        champion = deployment.champions.read(MODEL)
+    def _note(self, deployment: Deployment, promotion: Promotion, served: Served) -> None:
+        champion = deployment.champions.read(self._model)
         serves = champion is not None and champion.version == promotion.version
         for earlier in self._report.versions:
             earlier.champion = earlier.champion and not serves
         version = Version(
             version=promotion.version,
             annotations=promotion.n_annotations,
-            accuracy=promotion.accuracy,
+            value=promotion.value,
             holdout_images=promotion.holdout_images,
-            served_accuracy=served,
+            served_value=served.value,
             champion=serves,
         )
         self._report.versions.append(version)
-        self._console.print(_line(version), style="bold green", highlight=False, soft_wrap=True)
+        self._console.print(_line(version, self._report.metric), style="bold green", highlight=False, soft_wrap=True)
         if not serves:
             self._console.print(f"  kept version {champion.version if champion else 0}: {escape(promotion.reason)}")
 
-    def _finish(self, addresses: Addresses, report: Path | None) -> None:
-        plot = self._home / "learning-curve.png"
-        draw_learning_curve(self._report.versions, plot)
+    def _finish(self, addresses: Addresses, served: Served, report: Path | None) -> None:
+        pictures = {"learning curve": self._home / "learning-curve.png"}
+        draw_learning_curve(self._report, pictures["learning curve"])
+        if self._problem_type.name == "detection":
+            pictures["boxes"] = self._home / "predicted-boxes.png"
+            draw_boxes(served, pictures["boxes"])
         if report:
             report.write_bytes(msgspec.json.format(msgspec.json.encode(self._report)))
         self._console.print()
         for version in self._report.versions:
-            self._console.print(_line(version), highlight=False, soft_wrap=True)
+            self._console.print(_line(version, self._report.metric), highlight=False, soft_wrap=True)
         self._console.print()
         for line in addresses_to_show(addresses):
             self._console.print(line, highlight=False, soft_wrap=True)
-        self._console.print(f"learning curve  {plot}", highlight=False, soft_wrap=True)
+        for title, file in pictures.items():
+            self._console.print(f"{title:<15} {file}", highlight=False, soft_wrap=True)
         if report:
             self._console.print(f"report          {report}", highlight=False, soft_wrap=True)
 
@@ -233,11 +245,14 @@ class Demo:
 class Annotator:
     """A person at Label Studio who knows the truth: opens tasks in a fixed random order and submits an annotation each.
 
-    `tasks` holds image and id of each, in that order; `annotated` counts those done so far.
+    `data` are the images that became the project's tasks. `tasks` holds image and id of each, in the order of work;
+    `annotated` counts those done so far.
     """
 
-    def __init__(self, deployment: Deployment, folder: ModelFolder, project: int, truth: dict[str, str]) -> None:
-        self._label_studio, self._label_config, self._truth = deployment.label_studio, folder.label_config, truth
+    def __init__(self, deployment: Deployment, folder: ModelFolder, project: int, data: Sequence[Example]) -> None:
+        self._label_studio, self._label_config = deployment.label_studio, folder.label_config
+        self._problem_type = problem_types.of(folder.config.problem_type)
+        self._data = dict(zip(_addresses(deployment, folder, data), data, strict=True))
         self.tasks = sorted(self._label_studio.images(project, folder.label_config.data_key).items())
         random.Random(0).shuffle(self.tasks)
         self.annotated = 0
@@ -254,23 +269,39 @@ class Annotator:
         self.annotated = max(self.annotated, count)
 
     def _annotate(self, image: str, task: int) -> None:
-        self._label_studio.annotate(task, choice_result(self._truth[image], self._label_config), seconds=1.0)
+        example = self._data[image]
+        result = self._problem_type.result(example.truth, self._label_config, imaging.upright_size(example.image))
+        self._label_studio.annotate(task, result, seconds=1.0)
 
 
-def served_accuracy(deployment: Deployment, folder: ModelFolder, data: list[Digit]) -> float:
-    """Share of all holdout images, annotated or not, that the deployed endpoint gets right."""
+def ask_about_holdout(deployment: Deployment, folder: ModelFolder, data: Sequence[Example]) -> Served:
+    """Send every holdout image, annotated or not, through the deployed endpoint, and measure what it answers.
+
+    A detector is measured by the boxes that annotators are shown, so a little under what the evaluation report says, which
+    also knows the less sure ones.
+    """
+    from training_jobs import problem  # torch takes seconds to import, and the other commands do without it
+
     config = folder.config
-    holdout = [digit for digit in data if split_of(digit.sha256, config.splits) == "test"]
+    holdout = [example for example in data if split_of(example.sha256, config.splits) == "test"]
+    addresses = _addresses(deployment, folder, holdout)
     access, http = deployment.backend(config.name), urllib3.PoolManager(timeout=60)
-    right = 0
+    found: list[list[Region]] = []
     for start in range(0, len(holdout), _TASKS_A_REQUEST):
-        some = holdout[start : start + _TASKS_A_REQUEST]
-        labels = _predicted(http, access, [s3_uri(deployment.images.name, config.images_prefix + d.name) for d in some], folder)
-        right += sum(label == digit.label for label, digit in zip(labels, some, strict=True))
-    return right / len(holdout)
+        found += _predicted(http, access, addresses[start : start + _TASKS_A_REQUEST], folder)
+    rows = [
+        ManifestRow(image=address, sha256=example.sha256, regions=example.truth, split="test", annotation="", task=0)
+        for address, example in zip(addresses, holdout, strict=True)
+    ]
+    scores = problem.of(config.problem_type).scores(rows, found, config.classes, version=0)
+    return Served(holdout, found, scores.value)
 
 
-def _predicted(http: urllib3.PoolManager, access: BackendAccess, images: list[str], folder: ModelFolder) -> list[str]:
+def _addresses(deployment: Deployment, folder: ModelFolder, data: Sequence[Example]) -> list[str]:
+    return [s3_uri(deployment.images.name, folder.config.images_prefix + example.name) for example in data]
+
+
+def _predicted(http: urllib3.PoolManager, access: BackendAccess, images: list[str], folder: ModelFolder) -> list[list[Region]]:
     tasks = [{"id": number, "data": {folder.label_config.data_key: image}} for number, image in enumerate(images)]
     body = {"tasks": tasks, "project": "0.0", "label_config": folder.template, "params": {"context": None}}
     answer = http.request("POST", f"{access.url}/predict", json=body, headers={"Authorization": access.authorization})
@@ -280,36 +311,67 @@ def _predicted(http: urllib3.PoolManager, access: BackendAccess, images: list[st
     missing = [result.get("error") for result in results if "result" not in result]
     if missing:
         raise ServiceError(f"predict left out {len(missing)} of {len(images)} images: {missing[0]}")
-    return [str(result["result"][0]["value"]["choices"][0]) for result in results]
+    return [_regions(result["result"], folder) for result in results]
 
 
-def draw_learning_curve(versions: list[Version], file: Path) -> None:
-    """Accuracy over annotations, measured and served, as a PNG."""
+def _regions(result: list[dict[str, Any]], folder: ModelFolder) -> list[Region]:
+    """A prediction's result as regions with their scores, which reading it as an annotation leaves away."""
+    problem_type = problem_types.of(folder.config.problem_type)
+    return [
+        msgspec.structs.replace(region, score=item.get("score"))
+        for number, item in enumerate(result)
+        for region in problem_type.annotated(Annotation(id=number, result=[item]), folder.label_config)
+    ]
+
+
+def draw_learning_curve(report: Report, file: Path) -> None:
+    """The metric over annotations, measured and served, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    counts = [version.annotations for version in versions]
-    axes.plot(counts, [100 * v.served_accuracy for v in versions], "o-", label="served: every holdout image")
-    axes.plot(counts, [100 * v.accuracy for v in versions], "s--", label="measured: the annotated holdout images")
-    for version in versions:
+    counts = [version.annotations for version in report.versions]
+    axes.plot(counts, [100 * v.served_value for v in report.versions], "o-", label="served: every holdout image")
+    axes.plot(counts, [100 * v.value for v in report.versions], "s--", label="measured: the annotated holdout images")
+    for version in report.versions:
         axes.annotate(
-            f"v{version.version}", (version.annotations, 100 * version.served_accuracy), (0, -14), textcoords="offset points"
+            f"v{version.version}", (version.annotations, 100 * version.served_value), (0, -14), textcoords="offset points"
         )
-    axes.set(xlabel="annotations", ylabel="accuracy, %", title=f"Learning curve of {MODEL}")
+    axes.set(xlabel="annotations", ylabel=f"{METRIC_TITLES[report.metric]}, %", title=f"Learning curve of {report.model}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
 
 
-def _line(version: Version) -> str:
-    measured = f"accuracy {version.accuracy:6.1%} ({version.holdout_images} holdout images)"
-    served = f"served: {version.served_accuracy:6.1%}{'  champion' if version.champion else ''}"
+def draw_boxes(served: Served, file: Path) -> None:
+    """The first images of the holdout with the boxes that the endpoint answers, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from PIL import Image
+
+    rows, columns = _PICTURES
+    figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout="constrained")
+    shown = zip(figure.subplots(rows, columns).flat, served.holdout, served.found, strict=False)
+    for axes, example, regions in shown:
+        image = Image.open(io.BytesIO(example.image))
+        axes.imshow(image)
+        axes.axis("off")
+        for region in reversed(regions):  # the surest on top
+            left, top, right, bottom = (corner * side for corner, side in zip(region.box or (), image.size * 2, strict=True))
+            axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="yellow", linewidth=1.5))
+            label = f"{region.label}  {region.score or 0:.0%}"
+            axes.text(left, top, label, fontsize=7, va="bottom", color="black", bbox={"facecolor": "yellow", "pad": 0.8, "lw": 0})
+    figure.savefig(file, dpi=120)
+
+
+def _line(version: Version, metric: Metric) -> str:
+    measured = f"{METRIC_TITLES[metric]} {version.value:6.1%} ({version.holdout_images} holdout images)"
+    served = f"served: {version.served_value:6.1%}{'  champion' if version.champion else ''}"
     return f"Version {version.version}: {version.annotations:>7,} annotations → {measured:<42} {served}"
 
 
-def _configs_that_train_at(counts: list[int], target: Path) -> None:
-    """A copy of the model configs in which the demo's model trains at `counts`."""
+def _configs_that_train_at(model: str, counts: list[int], target: Path) -> None:
+    """A copy of the model configs in which `model` trains at `counts`."""
     source = ModelConfigs.find()
     for name in source.names:
         folder = target / name
@@ -317,7 +379,7 @@ def _configs_that_train_at(counts: list[int], target: Path) -> None:
         for file in source[name].folder.iterdir():
             if file.is_file():
                 (folder / file.name).write_bytes(file.read_bytes())
-    config = target / MODEL / "config.yaml"
+    config = target / model / "config.yaml"
     content = yaml.safe_load(config.read_text())
     if content["retrain"]["at"] != counts:
         content["retrain"]["at"] = counts

@@ -104,7 +104,10 @@ class Deployment:
 
     @property
     def label_studio_url(self) -> str:
-        return self.outputs["LabelStudioUrl"].rstrip("/")
+        url = self.outputs.get("LabelStudioUrl")
+        if not url:
+            raise NotSetUpError(f"the stage {self.stage} has no Label Studio; deploy it with -c label_studio_url=URL")
+        return url.rstrip("/")
 
     @cached_property
     def label_studio_token(self) -> str:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.deployment import DEMO, LAPTOP, Deployment, addresses_to_show
-from labelloop.errors import LabelloopError, exit_code
+from cli.examples import ExampleModel
+from labelloop.errors import ConfigError, LabelloopError, exit_code
 from labelloop.model_config import ModelConfigs
 
 app = typer.Typer(
@@ -35,27 +36,33 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 @app.command()
 def demo(
-    annotations: Annotated[str, typer.Option(help="Numbers of annotations at which to train, rising.")] = "100,500,1000",
+    model: Annotated[ExampleModel, typer.Option(help="The model whose example data set is annotated.")] = "digits",
+    annotations: Annotated[
+        str | None, typer.Option(help="Numbers of annotations at which to train, rising.", show_default="the config's")
+    ] = None,
     exit_: Annotated[bool, typer.Option("--exit", help="Stop everything and leave at the end.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what was measured to this JSON file.", show_default=False)] = None,
     home: Annotated[Path, typer.Option(help="Folder for the demo's stack; it is emptied first.")] = DEMO,
 ) -> None:
     """Turn the whole loop on this machine: deploy, upload, annotate, train, promote, serve.
 
-    Starts an AWS emulator, Label Studio and MLflow, deploys the real stacks, uploads scikit-learn's scanned digits and
-    lets an annotator work until the model has been trained three times. Then everything goes on running until Ctrl-C.
+    Starts an AWS emulator, Label Studio and MLflow, deploys the real stacks, uploads scikit-learn's scanned digits (digits: one
+    an image; digit_detector: several on photographs) and lets an annotator work until the model has been trained as often as
+    its config says. Then everything goes on running until Ctrl-C.
     """
     from cli.demo import Demo
 
+    if report and not report.resolve().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {report.resolve().parent}", param_hint="--report")
+    if annotations is None:
+        annotations = ",".join(str(count) for count in ModelConfigs.find()[model].config.retrain.at)
     try:
         counts = [int(count) for count in annotations.split(",")]
     except ValueError:
         raise typer.BadParameter("numbers with commas between them, such as 100,500,1000", param_hint="--annotations") from None
     if counts != sorted(set(counts)) or counts[0] < 1:
         raise typer.BadParameter("the numbers must rise and start above 0", param_hint="--annotations")
-    if report and not report.resolve().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {report.resolve().parent}", param_hint="--report")
-    Demo(home.resolve(), counts, console).run(linger=None if exit_ else _until_interrupted, report=report)
+    Demo(home.resolve(), model, counts, console).run(linger=None if exit_ else _until_interrupted, report=report)
 
 
 @app.command()
@@ -64,6 +71,8 @@ def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's da
     from local.stack import LaptopStack
 
     configs = ModelConfigs.find()
+    if not configs.names:
+        raise ConfigError(str(configs.root), "holds no model; make one with: labelloop create-new-model")
     stack = LaptopStack(home.resolve(), model_configs=Path(str(configs[configs.names[0]].folder)).parent, report=_say)
     addresses = stack.up()
     console.print()
@@ -94,6 +103,88 @@ def down(
 
 
 @app.command()
+def create_new_model(
+    model: Annotated[str, typer.Option(help="Name of the model and its folder: lower-case letters, digits, _.")],
+    problem_type: Annotated[str, typer.Option(help="classification, multilabel or detection.")],
+    classes: Annotated[list[str], typer.Option(help="What annotators choose from, with commas between; may be given again.")],
+    architecture: Annotated[
+        str, typer.Option(help="pretrained (the problem type's default), a torchvision name, or custom (a small one to edit).")
+    ] = "pretrained",
+    weights: Annotated[
+        str | None, typer.Option(help="imagenet, coco, none, or s3://bucket/key.pt.", show_default="as the architecture wants")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels: 224, or 320x240.", show_default="as the architecture wants")
+    ] = None,
+    train_at: Annotated[str, typer.Option(help="Numbers of annotations at which to train, rising.")] = "100,500,1000",
+    title: Annotated[str | None, typer.Option(help="The Label Studio project's title.", show_default="labelloop MODEL")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the three files of a folder that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a new model's folder: config.yaml, labeling_template.xml and model.py."""
+    from cli.create import FILES, NewModel, create, models_folder, numbers_of
+
+    wanted = NewModel(
+        name=model,
+        problem_type=problem_type,
+        classes=tuple(name.strip() for given in classes for name in given.split(",")),
+        architecture=architecture,
+        weights=weights,
+        image_size=numbers_of(image_size, "x", "--image-size") if image_size else None,
+        train_at=numbers_of(train_at, ",", "--train-at"),
+        title=title,
+    )
+    folder = create(models_folder(), wanted, force=force)
+    commands = ["check {}", "up", "setup-label-studio-project {}", "upload-images {} FOLDER"]
+    following = [f"labelloop {command.format(model)}" for command in commands]
+    if as_json:
+        files = [str(folder / name) for name in FILES]
+        print(msgspec.json.encode({"model": model, "folder": str(folder), "files": files, "next": following}).decode())
+        return
+    console.print(f"made {folder}", highlight=False, soft_wrap=True, markup=False)
+    for number, command in enumerate(following):
+        console.print(f"{'next:' if number == 0 else '':<6}{command}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str | None, typer.Argument(help="Name of a folder under model_configs/.", show_default="all of them")
+    ] = None,
+    stage: Stage = "local",
+    as_json: AsJson = False,
+) -> None:
+    """Find everything that is wrong with the models' configs, templates and networks, before it is deployed.
+
+    Builds each network and tries it on images of noise. Downloads nothing and calls no service.
+    """
+    from cli.check import check as check_models
+
+    configs = ModelConfigs.find()
+    found = check_models(configs, [model] if model else configs.names, stage)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    for name, wrong in found.items() if not as_json else ():
+        for line in [f"[red]wrong[/red] {escape(str(problem))}" for problem in wrong] or [f"[green]ok[/green]    {name}"]:
+            console.print(line, highlight=False, soft_wrap=True)
+    if any(found.values()):
+        raise typer.Exit(2)
+
+
+@app.command()
+def config_schema(
+    write: Annotated[bool, typer.Option("--write", help="Write it beside the models, where their configs look for it.")] = False,
+) -> None:
+    """Print the JSON schema of config.yaml, which explains and checks every key in an editor."""
+    from cli.create import models_folder, schema_text, write_schema
+
+    if write:
+        console.print(f"wrote {write_schema(models_folder())}", highlight=False, soft_wrap=True, markup=False)
+    else:
+        print(schema_text(), end="")
+
+
+@app.command()
 def status(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJson = False) -> None:
     """Show versions, champion, annotations, when the next training is due and why, the running job, failures."""
     from cli.status import read_status, show
@@ -106,14 +197,33 @@ def status(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJ
 
 
 @app.command()
-def setup_label_studio_project(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJson = False) -> None:
+def setup_label_studio_project(
+    model: Model,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; say of each part whether it works, or what to do.")
+    ] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
     """Create or update a model's Label Studio project from its config: storage, webhook and ML backend included.
 
     Running it twice changes nothing the second time.
     """
+    from cli import doctor
     from cli.label_studio_project import set_up_project
 
-    done = set_up_project(Deployment.find(stage, home), ModelConfigs.find()[model])
+    deployment, folder = Deployment.find(stage, home), ModelConfigs.find()[model]
+    if check:
+        checks = doctor.examine(deployment, folder)
+        if as_json:
+            print(msgspec.json.format(msgspec.json.encode({"model": model, "checks": checks})).decode())
+        else:
+            doctor.show(checks, console)
+        if any(one.state == "fail" for one in checks):
+            raise typer.Exit(2)
+        return
+    done = set_up_project(deployment, folder)
     if as_json:
         print(msgspec.json.encode({"project": done.project, "changes": done.changes}).decode())
         return
@@ -125,34 +235,37 @@ def setup_label_studio_project(model: Model, stage: Stage = "local", home: Home 
 @app.command()
 def upload_images(
     model: Model,
-    paths: Annotated[list[Path], typer.Argument(help="Image files and folders of them.", exists=True, show_default=False)],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images, folders of them, globs in quotes ('photos/**/*.jpg'), or CSV files (columns image, label).",
+            show_default=False,
+        ),
+    ],
+    labels_from_folders: Annotated[
+        bool, typer.Option("--labels-from-folders", help="The folder directly above a file is its class: annotate it so.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")] = False,
     stage: Stage = "local",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload images for a model; each becomes a task. What is no image is listed and left out."""
-    from cli.progress import Steps
-    from cli.upload import image_files, upload
+    """Upload images for a model; each becomes a task. What is no image is listed and left out.
 
-    deployment, config = Deployment.find(stage, home), ModelConfigs.find()[model].config
-    deployment.ledger.project(model)  # without a project the images could become no tasks
-    files, refused = image_files(paths)
-    total = len(files) + len(refused)
-    with Steps(problems if as_json else console, "uploading", len(files)) as steps:
+    What lies there already is not sent again: after an interruption run the same command again. Classes from folders or from a
+    CSV file's column become annotations, which count for training like any other; tasks that have one are left alone.
+    """
+    from cli import upload_run
+    from cli.image_sources import gather
 
-        def done(name: str, refusal: str | None) -> None:
-            steps.advance()
-            if refusal:
-                refused[name] = refusal
-
-        upload(deployment.images, config.images_prefix, [(name, file.read_bytes) for name, file in files.items()], done)
+    folder = ModelConfigs.find()[model]
+    sources = gather(paths, folder.config, labels_from_folders=labels_from_folders)
+    report = upload_run.run(Deployment.find(stage, home), folder, sources, problems if as_json else console, dry_run=dry_run)
     if as_json:
-        print(msgspec.json.encode({"uploaded": total - len(refused), "refused": refused}).decode())
+        print(msgspec.json.encode(report).decode())
     else:
-        console.print(f"uploaded {total - len(refused):,} of {total:,}", highlight=False, soft_wrap=True)
-        for name, reason in refused.items():
-            console.print(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}", highlight=False, soft_wrap=True)
-    if refused:
+        upload_run.show(report, console)
+    if report.refused:
         raise typer.Exit(2)
 
 

@@ -8,7 +8,17 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 
 class Steps:
@@ -26,6 +36,7 @@ class Steps:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                _Rate(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
@@ -39,19 +50,36 @@ class Steps:
             self._bar.stop()
 
     def advance(self, steps: int = 1) -> None:
-        self.reach(self._done + steps)
+        with self._lock:
+            self._reach(self._done + steps)
 
     def reach(self, done: int) -> None:
         """Say how many steps are done by now."""
         with self._lock:
-            self._done = done
-            if self._bar:
-                self._bar.update(self._task, completed=done)
-                return
-            tenth = 10 * done // self._total if self._total else 10
-            if tenth > self._told:
-                self._told = tenth
-                seconds = time.monotonic() - self._began
-                self._console.print(
-                    f"  {escape(self._title)}: {done:,} of {self._total:,}  ({seconds:.0f} s)", highlight=False, soft_wrap=True
-                )
+            self._reach(done)
+
+    def _reach(self, done: int) -> None:
+        self._done = done
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+            return
+        tenth = 10 * done // self._total if self._total else 10
+        if tenth > self._told:
+            self._told = tenth
+            self._console.print(f"  {escape(self._title)}: {self._line()}", highlight=False, soft_wrap=True)
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self._began
+        rate = self._done / seconds if seconds else 0.0
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate and self._done < self._total else ""
+        return f"{self._done:,} of {self._total:,}  ({seconds:.0f} s, {_a_second(rate)}{left})"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(_a_second(speed) if speed else "", style="progress.data.speed")
+
+
+def _a_second(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"

@@ -10,18 +10,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.deployment import Deployment
+from labelloop import problem_types
 from labelloop.errors import LabelloopError
 from labelloop.model_config import ModelFolder
 from labelloop.policy import decide
-from labelloop.records import Champion, Failure, Job, Verdict
+from labelloop.records import METRIC_TITLES, Champion, Failure, Job, Metric, ProblemTypeName, Verdict
 
 
 class Version(msgspec.Struct, kw_only=True):
-    """A row of the version table; `accuracy` is a share of the holdout images."""
+    """A row of the version table; `value` is that of `metric` on the holdout; None where nothing was measured."""
 
     version: int
     annotations: int
-    accuracy: float
+    metric: Metric | None
+    value: float
     holdout_images: int
     champion: bool
     verdict: Verdict
@@ -45,9 +47,14 @@ class FailedTraining(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """`annotations`, `tasks` and `next_training` are None when Label Studio does not say; `problems` tells why."""
+    """`annotations`, `tasks` and `next_training` are None when Label Studio does not say; `problems` tells why.
+
+    `left_out`: annotated tasks that the last snapshot could not use, by reason.
+    """
 
     model: str
+    problem_type: ProblemTypeName
+    metric: Metric
     stage: str
     champion: Champion | None
     tasks: int | None
@@ -57,6 +64,7 @@ class Status(msgspec.Struct, kw_only=True):
     versions: list[Version]
     last_failure: Failure | None
     failures: list[FailedTraining]
+    left_out: dict[str, int]
     problems: list[str]
 
 
@@ -79,6 +87,8 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
         coming = NextTraining(due_at=decision.due_at, now=decision.train, reason=decision.reason)
     return Status(
         model=model,
+        problem_type=config.problem_type,
+        metric=problem_types.of(config.problem_type).metric,
         stage=deployment.stage,
         champion=champion,
         tasks=counts.get("tasks"),
@@ -89,7 +99,8 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
             Version(
                 version=promotion.version,
                 annotations=promotion.n_annotations,
-                accuracy=promotion.accuracy,
+                metric=promotion.metric,
+                value=promotion.value,
                 holdout_images=promotion.holdout_images,
                 champion=champion is not None and champion.version == promotion.version,
                 verdict=promotion.verdict,
@@ -109,22 +120,24 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
             for training in trainings
             if training.status in ("failed", "stopped")
         ],
+        left_out=max((t.job for t in trainings), key=lambda job: job.started_at).snapshot.skipped if trainings else {},
         problems=problems,
     )
 
 
 def show(status: Status, console: Console) -> None:
     """The status as a person reads it."""
-    console.print(f"[bold]{status.model}[/bold]  (stage {status.stage})")
+    console.print(f"[bold]{status.model}[/bold]  ({status.problem_type}, stage {status.stage})")
     if status.versions:
         table = Table(box=None, pad_edge=False)
-        for column in ("version", "annotations", "accuracy", "holdout", "verdict", ""):
+        title = METRIC_TITLES[status.metric]
+        for column in ("version", "annotations", title, "holdout", "verdict", ""):
             table.add_column(column, justify="left" if column in ("verdict", "") else "right")
         for row in status.versions:
             mark = "[green]champion[/green]" if row.champion else ""
             reason = escape(f"{row.verdict}: {row.reason}")
-            accuracy = f"{row.accuracy:.1%}"
-            table.add_row(str(row.version), f"{row.annotations:,}", accuracy, str(row.holdout_images), reason, mark)
+            value = f"{row.value:.1%}" if row.metric else "–"
+            table.add_row(str(row.version), f"{row.annotations:,}", value, str(row.holdout_images), reason, mark)
         console.print(table)
     else:
         console.print("no version yet")
@@ -136,6 +149,8 @@ def show(status: Status, console: Console) -> None:
     if status.running:
         since = f"since {status.running.started_at}"
         console.print(f"running: {status.running.job_name}, {status.running.n_annotations:,} annotations, {since}")
+    for reason, count in status.left_out.items():
+        console.print(f"left out of the last training: {count:,} annotated tasks ({escape(reason)})")
     for failed in status.failures:
         console.print(f"[red]failed[/red]: {failed.job_name} at {failed.ended_at}: {escape(failed.reason)}")
     for problem in status.problems:

@@ -15,13 +15,26 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+import yaml
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from labelloop import problem_types
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask
-from labelloop.model_config import ModelConfig, ModelConfigs
-from labelloop.records import Champion, Evaluation, HoldoutImage, Job, ModelCard, Scores, Snapshot
+from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
+from labelloop.records import (
+    BoxRules,
+    Champion,
+    Evaluation,
+    HoldoutImage,
+    Job,
+    ModelCard,
+    ProblemTypeName,
+    Region,
+    Scores,
+    Snapshot,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = ModelConfigs(REPOSITORY / "model_configs")
@@ -81,6 +94,71 @@ def brightness_model(model: str = "digits", *, sharpness: float = 0.01, card: bo
     return bytes(made.SerializeToString())
 
 
+def make_model_folder(root: Path, name: str, problem_type: ProblemTypeName, classes: list[str]) -> ModelFolder:
+    """A model folder without a network of its own, for what reads only config and template. Files as small as they may be."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    config = {
+        "name": name,
+        "problem_type": problem_type,
+        "classes": classes,
+        "architecture": {"name": "own", "weights": "none"},
+        "image": {"width": 16, "height": 16, "mode": "L"},
+        "hyperparameters": {"epochs": 1, "batch_size": 2, "learning_rate": 0.01},
+        "label_studio": {"title": f"labelloop {name}"},
+        "retrain": {"at": [10]},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    control = problem_types.of(problem_type).control
+    template = (
+        f'<View><Image name="image" value="$image"/><{control.tag} name="what" toName="image" '
+        f'{control.attribute}="{control.allowed[0]}">'
+        + "".join(f'<{control.item} value="{label}"/>' for label in classes)
+        + f"</{control.tag}></View>"
+    )
+    (folder / "labeling_template.xml").write_text(template)
+    return ModelFolder(folder)
+
+
+def quadrant_model(model: str, classes: list[str]) -> bytes:
+    """A detector's ONNX file of 16 × 16 grey pixels: it finds the first class in each quadrant, as likely as it is bright."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["pixels", "cells"], ["grid"]),
+            helper.make_node("ReduceMean", ["grid", "inside"], ["means"], keepdims=0),
+            helper.make_node("Reshape", ["means", "column"], ["levels"]),
+            helper.make_node("Mul", ["levels", "first"], ["scores"]),
+            helper.make_node("Identity", ["quadrants"], ["boxes"]),
+        ],
+        "quadrants",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 16, 16, 1])],
+        [
+            helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 4, 1, 4]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 4, len(classes)]),
+        ],
+        [
+            numpy_helper.from_array(np.array([1, 2, 8, 2, 8], dtype=np.int64), "cells"),
+            numpy_helper.from_array(np.array([2, 4], dtype=np.int64), "inside"),
+            numpy_helper.from_array(np.array([1, 4, 1], dtype=np.int64), "column"),
+            numpy_helper.from_array(np.eye(1, len(classes), dtype=np.float32)[np.newaxis] / 255, "first"),
+            numpy_helper.from_array(
+                np.array([[[[x, y, x + 0.5, y + 0.5]] for y in (0, 0.5) for x in (0, 0.5)]], dtype=np.float32), "quadrants"
+            ),
+        ],
+    )
+    card = msgspec.structs.replace(
+        model_card(model),
+        problem_type="detection",
+        classes=classes,
+        boxes=BoxRules(score_threshold=0.3, iou_threshold=0.5, max_boxes=100),
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(made, {"labelloop": msgspec.json.encode(card).decode()})
+    onnx.checker.check_model(made)
+    return bytes(made.SerializeToString())
+
+
 def model_card(model: str = "digits") -> ModelCard:
     return ModelCard(
         model=model,
@@ -95,7 +173,7 @@ def model_card(model: str = "digits") -> ModelCard:
 
 
 def scores(version: int, accuracy: float) -> Scores:
-    return Scores(accuracy=accuracy, confusion=[[0] * 10] * 10, version=version)
+    return Scores(metric="accuracy", value=accuracy, per_class={}, confusion=[[0] * 10] * 10, version=version)
 
 
 def evaluation(
@@ -110,6 +188,7 @@ def evaluation(
 ) -> Evaluation:
     return Evaluation(
         model=model,
+        problem_type="classification",
         job_name=job_name,
         run_id=run_id,
         dataset_digest="d" * 64,
@@ -119,7 +198,10 @@ def evaluation(
         classes=list(DIGITS.classes),
         challenger=scores(version, accuracy),
         champion=champion,
-        holdout=[HoldoutImage(sha256=f"{i:064x}", label="1", challenger="1") for i in range(20)],
+        holdout=[
+            HoldoutImage(sha256=f"{i:064x}", truth=[Region(label="1")], challenger=[Region(label="1", score=0.9)])
+            for i in range(20)
+        ],
         onnx_sha256=sha256(onnx_file),
         parity=1e-6,
     )
@@ -143,7 +225,8 @@ def champion(version: int = 1, onnx_file: bytes = b"onnx", model: str = "digits"
         version=version,
         onnx=f"models/{model}/{version}/model.onnx",
         sha256=sha256(onnx_file),
-        accuracy=0.9,
+        metric="accuracy",
+        value=0.9,
         n_annotations=100,
         promoted_at="2026-01-01T00:00:00.000+00:00",
     )

@@ -14,10 +14,10 @@ import urllib3
 import yaml
 from rich.console import Console
 
-from cli import digits
+from cli import examples
 from cli.demo import Annotator
 from cli.deployment import BackendAccess, Deployment
-from cli.digits import Digit
+from cli.examples import Example
 from cli.label_studio_project import set_up_project
 from cli.upload import upload
 from labelloop.artifacts import s3_uri
@@ -41,7 +41,7 @@ class Loop:
     deployment: Deployment
     folder: ModelFolder
     project: int
-    data: list[Digit]
+    data: list[Example]
     annotator: Annotator
     http: urllib3.PoolManager = field(default_factory=lambda: urllib3.PoolManager(maxsize=50, timeout=60, retries=False))
 
@@ -62,8 +62,8 @@ class Loop:
         self.annotator.annotate_up_to(self.annotator.annotated + count, Console(quiet=True))
         return self.annotated
 
-    def address(self, digit: Digit) -> str:
-        return s3_uri(self.deployment.images.name, self.folder.config.images_prefix + digit.name)
+    def address(self, example: Example) -> str:
+        return s3_uri(self.deployment.images.name, self.folder.config.images_prefix + example.name)
 
     def webhook(self, action: str) -> int:
         """Send a webhook as Label Studio does; the HTTP status."""
@@ -132,19 +132,18 @@ def running_loop(tmp_path_factory: pytest.TempPathFactory, model_configs: Path) 
             deployment = Deployment.on_laptop(addresses)
             folder = ModelConfigs(model_configs)["digits"]
             project = set_up_project(deployment, folder).project
-            data = digits.load()[:IMAGES]
+            data = examples.load("digits")[:IMAGES]
             refused: dict[str, str] = {}
             upload(
                 deployment.images,
                 folder.config.images_prefix,
-                [(digit.name, partial(bytes, digit.png)) for digit in data],
+                [(example.name, partial(bytes, example.image)) for example in data],
                 lambda name, refusal: refused.update({name: refusal} if refusal else {}),
             )
             assert refused == {}
             tasks = deployment.label_studio
             wait_for(lambda: tasks.counts(project)["tasks"] >= len(data), 120, "every image becomes a task")
-            truth = {s3_uri(deployment.images.name, folder.config.images_prefix + d.name): d.label for d in data}
-            annotator = Annotator(deployment, folder, project, truth)
+            annotator = Annotator(deployment, folder, project, data)
         yield Loop(stack, deployment, folder, project, data, annotator)
     finally:
         stack.down()

@@ -1,21 +1,65 @@
-"""What is particular to image classification: targets, loss, prediction, scores and their plot."""
+"""What is particular to image classification: targets, loss, scores and their plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import numpy as np
+import msgspec
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from labelloop.inference import Model
-from labelloop.records import ManifestRow, Scores
-from training_jobs.dataset import Pixels
+from labelloop import problem_types
+from labelloop.model_config import ModelConfig
+from labelloop.records import ManifestRow, ModelCard, Region, Scores
+from training_jobs.heads import Logits
 
-_RUNS_AT_ONCE = 4
+
+class Classification:
+    exact = True
+
+    def loss(self, rows: Sequence[ManifestRow], config: ModelConfig, augment: Callable[[Tensor], Tensor]) -> ClassificationLoss:
+        return ClassificationLoss(rows, config, augment)
+
+    def heads(self, network: nn.Module) -> Logits:
+        return Logits(network)
+
+    def kept(self, candidates: Sequence[Region], card: ModelCard) -> list[Region]:
+        return problem_types.of("classification").chosen(candidates, card)
+
+    def scores(
+        self, rows: Sequence[ManifestRow], found: Sequence[Sequence[Region]], classes: Sequence[str], version: int
+    ) -> Scores:
+        """Accuracy, and the confusion matrix, in which a class that is none of `classes` has no column."""
+        confusion = [[0] * len(classes) for _ in classes]
+        for row, (guess,) in zip(rows, found, strict=True):
+            if guess.label in classes:
+                confusion[classes.index(row.regions[0].label)][classes.index(guess.label)] += 1
+        shown = [sum(row.regions[0].label == name for row in rows) for name in classes]
+        right = [confusion[number][number] for number in range(len(classes))]
+        return Scores(
+            metric="accuracy",
+            value=sum(right) / len(rows),
+            per_class={name: right[number] / shown[number] for number, name in enumerate(classes) if shown[number]},
+            confusion=confusion,
+            version=version,
+        )
+
+    def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
+        """The confusion matrix, a row for each true class."""
+        numbers, picture = folder / "confusion.json", folder / "confusion.png"
+        numbers.write_bytes(msgspec.json.encode({"classes": classes, "confusion": result.confusion}))
+        figure = Figure(figsize=(7, 6), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(result.confusion or [], cmap="Blues")
+        axes.set(title=title, xlabel="predicted", ylabel="annotated")
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        figure.colorbar(image, label="images")
+        figure.savefig(picture)
+        return [numbers, picture]
 
 
 class ClassificationLoss:
@@ -24,48 +68,14 @@ class ClassificationLoss:
     Without it a class with one example among seventy is hardly ever predicted; what serves are the logits without the shift.
     """
 
-    def __init__(self, targets: Tensor, n_classes: int, label_smoothing: float) -> None:
-        counts = torch.bincount(targets, minlength=n_classes).float()
+    def __init__(self, rows: Sequence[ManifestRow], config: ModelConfig, augment: Callable[[Tensor], Tensor]) -> None:
+        self._targets = torch.tensor([config.classes.index(row.regions[0].label) for row in rows], dtype=torch.int64)
+        counts = torch.bincount(self._targets, minlength=len(config.classes)).float()
         # Half an example more keeps the logarithm of a class without any finite.
         self._shift = torch.log((counts + 0.5) / (counts + 0.5).sum())
-        self._label_smoothing = label_smoothing
+        self._label_smoothing, self._augment = config.hyperparameters.label_smoothing, augment
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch: logits `[N, classes]`, targets int64 `[N]`."""
+    def __call__(self, network: nn.Module, images: Tensor, examples: Tensor) -> Tensor:
+        logits = network(self._augment(images))
+        targets = self._targets[examples].to(logits.device)
         return functional.cross_entropy(logits + self._shift.to(logits.device), targets, label_smoothing=self._label_smoothing)
-
-
-def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of the images whose largest logit is their class's."""
-    return float((logits.argmax(dim=1) == targets).double().mean())
-
-
-def predict(model: Model, pixels: Pixels) -> list[str]:
-    """The class that each image is taken for, one image a run, as serving does it."""
-    with ThreadPoolExecutor(_RUNS_AT_ONCE) as runs:
-        return [
-            model.card.classes[int(best)]
-            for best in runs.map(lambda image: np.argmax(model.logits(image[np.newaxis])[0]), pixels)
-        ]
-
-
-def scores(rows: Sequence[ManifestRow], predicted: Sequence[str], classes: Sequence[str], version: int) -> Scores:
-    """Accuracy and confusion matrix. A prediction that is none of `classes` (an older model's) is wrong and in no column."""
-    confusion = [[0] * len(classes) for _ in classes]
-    for row, guess in zip(rows, predicted, strict=True):
-        if guess in classes:
-            confusion[classes.index(row.label)][classes.index(guess)] += 1
-    right = sum(row.label == guess for row, guess in zip(rows, predicted, strict=True))
-    return Scores(accuracy=right / len(rows), confusion=confusion, version=version)
-
-
-def confusion_plot(result: Scores, classes: Sequence[str], title: str) -> Figure:
-    """The confusion matrix, a row for each true class."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(result.confusion, cmap="Blues")
-    axes.set(title=title, xlabel="predicted", ylabel="annotated")
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    figure.colorbar(image, label="images")
-    return figure

@@ -11,13 +11,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
-from torch import Tensor
 
-from labelloop import artifacts, imaging
+from labelloop import artifacts, imaging, problem_types
 from labelloop.errors import AnnotationError, ImageError, LabelloopError, StorageError
 from labelloop.model_config import ModelConfig
-from labelloop.records import ManifestRow, ModelCard, Split
+from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
 from training_jobs.job import TrainingJob
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -28,14 +26,18 @@ _LISTED = 10  # problems named in full; the rest is counted
 
 @dataclass(frozen=True)
 class Examples:
-    """The images of one split, in the manifest's order: `pixels` uint8 `[N, height, width, channels]`, `targets` int64 `[N]`."""
+    """The images of one split, in the manifest's order: `pixels` uint8 `[N, height, width, channels]`."""
 
     rows: list[ManifestRow]
     pixels: Pixels
-    targets: Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether a model's score on them means anything: somebody found something in one of them."""
+        return any(row.regions for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ def load(job: TrainingJob, config: ModelConfig, card: ModelCard) -> Dataset:
 
     def of(split: Split) -> Examples:
         chosen = [number for number, row in enumerate(rows) if row.split == split]
-        targets = torch.tensor([config.classes.index(rows[number].label) for number in chosen], dtype=torch.int64)
-        return Examples([rows[number] for number in chosen], pixels[chosen], targets)
+        return Examples([rows[number] for number in chosen], pixels[chosen])
 
     return Dataset(train=of("train"), validation=of("validation"), test=of("test"))
 
@@ -105,15 +106,22 @@ def _manifest(job: TrainingJob) -> list[ManifestRow]:
 
 
 def _check(rows: Sequence[ManifestRow], config: ModelConfig) -> None:
-    unknown = [f"{row.image} is {row.label!r}" for row in rows if row.label not in config.classes]
+    named = [(row.image, region.label) for row in rows for region in row.regions]
+    unknown = [f"{image} is {label!r}" for image, label in dict.fromkeys(named) if label not in config.classes]
     _raise_all(AnnotationError, "annotations name no class of config.yaml", unknown)
-    splits = [row.split for row in rows]
-    if "train" not in splits:
-        raise AnnotationError(f"none of the {len(rows)} annotated images falls into the train split; annotate more")
-    if "test" not in splits:
-        raise AnnotationError(
-            f"none of the {len(rows)} annotated images falls into the holdout, so accuracy cannot be measured; annotate more"
-        )
+    metric = METRIC_TITLES[problem_types.of(config.problem_type).metric]
+    purposes: dict[Split, tuple[str, str]] = {
+        "train": ("the train split", "nothing can be learnt"),
+        "test": ("the holdout", f"{metric} cannot be measured"),
+    }
+    for split, (place, so) in purposes.items():
+        regions = [row.regions for row in rows if row.split == split]
+        if not regions:
+            raise AnnotationError(f"none of the {len(rows)} annotated images falls into {place}, so {so}; annotate more")
+        if not any(regions):
+            raise AnnotationError(
+                f"nothing is annotated in any of the {len(regions)} images of {place}, so {so}; annotate more that show a class"
+            )
 
 
 def _read(row: ManifestRow, images: Path, prefix: str) -> bytes:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labelloop import problem_types
 from labelloop.errors import ModelError
 from labelloop.inference import CARD_KEY, Model
 from labelloop.records import ModelCard
+from training_jobs import problem
 from training_jobs.dataset import Pixels
+from training_jobs.heads import Heads, Outputs
 
-MAX_DIFFERENCE = 1e-3  # of the logits, relative to their scale
+MAX_DIFFERENCE = 1e-3  # of an output, relative to its scale
 _COMPARED = 256  # images
+_COMPARED_SINGLY = 32  # images of a network that takes one at a time
 _BATCH = 32
 
 
 class Served(nn.Module):
-    """A network with serving's input: uint8 `[N, height, width, channels]` → logits float32 `[N, classes]`."""
+    """A network with serving's input: uint8 `[N, height, width, channels]` → the outputs of its heads."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, heads: Heads) -> None:
         super().__init__()
-        self.network = network
+        self.heads = heads
 
-    def forward(self, image: Tensor) -> Tensor:
-        logits: Tensor = self.network(to_network(image))
-        return logits
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.heads(to_network(image))
+        return outputs
 
 
 def to_network(pixels: Tensor) -> Tensor:
@@ -40,17 +43,20 @@ def to_network(pixels: Tensor) -> Tensor:
 def export(network: nn.Module, card: ModelCard, pixels: Pixels, file: Path) -> tuple[Model, float]:
     """Write the ONNX file with its card, load it as serving does, and compare it with the network on `pixels`.
 
-    Returns the loaded model and the largest difference of the logits relative to their scale; raises `ModelError` when that
+    Returns the loaded model and the largest difference of the outputs relative to their scale; raises `ModelError` when that
     is more than `MAX_DIFFERENCE`.
     """
-    served = Served(network).cpu().eval()
-    example = torch.from_numpy(pixels[[0, 0]])  # two images: the exporter would take a batch of one for a constant
+    served = Served(problem.of(card.problem_type).heads(network)).cpu().eval()
+    several = served.heads.at_once > 1
+    example = torch.from_numpy(pixels[[0, 0] if several else [0]])  # the exporter would take a batch of one for a constant
+    with torch.no_grad():  # inference mode would mark the anchors as its own, and the exporter could not use them
+        served(example)  # detectors settle their anchors and scales in the first run, which the exporter cannot follow
     program = torch.onnx.export(
         served,
         (example,),
         input_names=["image"],
-        output_names=["logits"],
-        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+        output_names=problem_types.of(card.problem_type).outputs,
+        dynamic_shapes={"image": {0: torch.export.Dim("batch")} if several else None},
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -60,20 +66,21 @@ def export(network: nn.Module, card: ModelCard, pixels: Pixels, file: Path) -> t
     program.model.metadata_props[CARD_KEY] = msgspec.json.encode(card).decode()
     program.save(str(file), external_data=False)
     model = Model(file.read_bytes())
-    difference = parity(served, model, pixels[:_COMPARED])
+    difference = parity(served, model, pixels)
     if difference > MAX_DIFFERENCE:
         raise ModelError(
-            f"the ONNX file's logits differ from torch's by {difference:.2g} of their scale; {MAX_DIFFERENCE:.0e} is allowed"
+            f"the ONNX file's outputs differ from torch's by {difference:.2g} of their scale; {MAX_DIFFERENCE:.0e} is allowed"
         )
     return model, difference
 
 
 def parity(served: Served, model: Model, pixels: Pixels) -> float:
-    """Largest absolute difference of ONNX and torch logits, relative to the largest absolute logit. Raises `ModelError`."""
-    batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
-    onnx = np.concatenate([model.logits(batch) for batch in batches])
+    """Largest difference of ONNX and torch outputs, relative to each output's scale. Raises `ModelError`."""
+    several = served.heads.at_once > 1
+    compared, size = pixels[: _COMPARED if several else _COMPARED_SINGLY], _BATCH if several else 1
+    batches = [compared[start : start + size] for start in range(0, len(compared), size)]
     with torch.inference_mode():
-        network: np.ndarray[Any, Any] = torch.cat([served(torch.from_numpy(batch)) for batch in batches]).numpy()
-    if not (np.isfinite(onnx).all() and np.isfinite(network).all()):
-        raise ModelError("the network's logits are not all finite")
-    return float(np.abs(onnx - network).max() / np.abs(network).max().clip(min=1e-12))
+        network: list[Outputs] = [[output.numpy() for output in served(torch.from_numpy(batch))] for batch in batches]
+    if not all(np.isfinite(output).all() for outputs in network for output in outputs):
+        raise ModelError("the network's outputs are not all finite")
+    return served.heads.difference(network, [model.run(batch) for batch in batches])

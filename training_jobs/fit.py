@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from labelloop import problem_types
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
-from training_jobs.classification import ClassificationLoss, accuracy
+from labelloop.records import ModelCard, Region
+from training_jobs import problem
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.export import to_network
 from training_jobs.job import STOPPED, stop_noted
+from training_jobs.problem import Augment
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +36,11 @@ _STEPS_AN_EPOCH = 30  # at least: a first training on some seventy images would 
 _WARM_UP = 0.1  # share of the steps in which the learning rate rises
 _AVERAGED = 1 / 16  # share of the steps that the averaged weights look back on
 _CHECKPOINTS = 10  # in a training
-_BATCH = 256  # images, where nothing is learnt
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to. `validation` is the accuracy, a share, or None without validation images."""
+    """What an epoch came to. `validation` is the problem type's metric, a share, or None where nothing can be measured."""
 
     number: int
     of: int
@@ -53,10 +55,13 @@ class Epoch:
         return self.number == self.of or self.number % math.ceil(self.of / 20) == 0
 
 
-def make_repeatable(seed: int) -> None:
-    """The same snapshot gives the same weights on the same kind of machine."""
+def make_repeatable(seed: int, *, exact: bool) -> None:
+    """The same snapshot gives the same weights on the same kind of machine.
+
+    On a GPU that holds where `exact` says so and every operation has a kernel that repeats itself; torch warns of others.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(exact or not torch.cuda.is_available(), warn_only=True)
     torch.backends.cudnn.benchmark = False
     if not torch.cuda.is_available():
         # Sums depend on the number of threads; and on a small network's steps threads cost more than they bring.
@@ -68,16 +73,17 @@ def fit(
     network: nn.Module,
     data: Dataset,
     config: ModelConfig,
-    augment: Callable[[Tensor], Tensor],
+    card: ModelCard,
+    augment: Augment,
     checkpoint: Path,
     report: Callable[[Epoch], None],
 ) -> nn.Module:
     """Train on the train split and return a network of the same kind with the averaged weights, in evaluation mode.
 
-    `report` hears of every epoch. SIGTERM saves the state to `checkpoint` and ends the process; a checkpoint of the same
-    config is gone on from. Raises `ConfigError` when the loss is no number any more.
+    `card` is the trained model's; `report` hears of every epoch. SIGTERM saves the state to `checkpoint` and ends the
+    process; a checkpoint of the same config is gone on from. Raises `ConfigError` when the loss is no number any more.
     """
-    training = _Training(network, data.train, config, augment)
+    training = _Training(network, data.train, config, card, augment)
     done = training.resume(checkpoint)
     epochs, steps = config.hyperparameters.epochs, training.steps_an_epoch
     with stop_noted() as stop:
@@ -95,7 +101,7 @@ def fit(
                 raise ConfigError(
                     "config.yaml", f"the loss is {loss} after epoch {epoch + 1}; try less", "hyperparameters.learning_rate"
                 )
-            validation = training.accuracy(data.validation) if len(data.validation) else None
+            validation = training.score(data.validation) if data.validation.measurable else None
             report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), time.monotonic() - began))
             if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
                 training.save(checkpoint, (epoch + 1) * steps)
@@ -106,9 +112,10 @@ def fit(
 class _Training:
     """The state of a training: weights, their average and the optimizer's memory."""
 
-    def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, augment: Callable[[Tensor], Tensor]) -> None:
-        self._config, self._hyperparameters = config, config.hyperparameters
-        self._pixels, self._targets, self._augment = torch.from_numpy(examples.pixels), examples.targets, augment
+    def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, card: ModelCard, augment: Augment) -> None:
+        self._config, self._hyperparameters, self._card = config, config.hyperparameters, card
+        self._problem = problem.of(config.problem_type)
+        self._pixels, self._loss = torch.from_numpy(examples.pixels), self._problem.loss(examples.rows, config, augment)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps_an_epoch = max(math.ceil(len(examples) / self._hyperparameters.batch_size), _STEPS_AN_EPOCH)
         self._steps = self.steps_an_epoch * self._hyperparameters.epochs
@@ -116,14 +123,14 @@ class _Training:
         decay = max(0.0, 1 - 1 / (_AVERAGED * self._steps))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self._network, multi_avg_fn=average, use_buffers=True).eval()
-        self._loss = ClassificationLoss(examples.targets, len(config.classes), self._hyperparameters.label_smoothing)
+        self._heads = self._problem.heads(self.average.module)
         self._optimizer = torch.optim.AdamW(self._network.parameters(), weight_decay=self._hyperparameters.weight_decay)
 
     def batches(self, epoch: int) -> Tensor:
         """The epoch's batches as numbers of examples, `[steps, batch]`. All are full; a small set comes round several times."""
         size = self._hyperparameters.batch_size
-        rounds = math.ceil(self.steps_an_epoch * size / len(self._targets))
-        order = torch.cat([torch.randperm(len(self._targets), generator=self._generator(epoch)) for _ in range(rounds)])
+        rounds = math.ceil(self.steps_an_epoch * size / len(self._pixels))
+        order = torch.cat([torch.randperm(len(self._pixels), generator=self._generator(epoch)) for _ in range(rounds)])
         return order[: self.steps_an_epoch * size].view(self.steps_an_epoch, size)
 
     def step(self, step: int, batch: Tensor) -> Tensor:
@@ -131,8 +138,7 @@ class _Training:
         torch.manual_seed(self._seed(step))
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        images, targets = self._pixels[batch].to(self._device), self._targets[batch].to(self._device)
-        loss = self._loss(self._network(self._augment(to_network(images))), targets)
+        loss = self._loss(self._network, to_network(self._pixels[batch].to(self._device)), batch)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -144,11 +150,18 @@ class _Training:
         share = (step + 1) / self._steps
         return self._hyperparameters.learning_rate * min(1.0, share / _WARM_UP) * (1 + math.cos(math.pi * share)) / 2
 
-    def accuracy(self, examples: Examples) -> float:
-        with torch.inference_mode():
-            pixels = torch.split(torch.from_numpy(examples.pixels), _BATCH)
-            logits = torch.cat([self.average(to_network(batch.to(self._device))).cpu() for batch in pixels])
-        return accuracy(logits, examples.targets)
+    def score(self, examples: Examples) -> float:
+        """The metric of the averaged weights."""
+        kept = [self._problem.kept(candidates, self._card) for candidates in self._candidates(examples)]
+        return self._problem.scores(examples.rows, kept, self._config.classes, version=0).value
+
+    def _candidates(self, examples: Examples) -> Iterator[list[Region]]:
+        """Of each image, reckoned as serving does it."""
+        problem_type = problem_types.of(self._config.problem_type)
+        for batch in torch.split(torch.from_numpy(examples.pixels), self._heads.at_once):
+            with torch.inference_mode():
+                outputs = [output.cpu().numpy() for output in self._heads(to_network(batch.to(self._device)))]
+            yield from (problem_type.candidates(image, self._card) for image in zip(*outputs, strict=True))
 
     def save(self, file: Path, steps: int) -> None:
         """Whole or not at all: a machine may be taken away at any moment."""

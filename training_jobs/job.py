@@ -77,6 +77,10 @@ class TrainingJob:
             )
         return file if self.champion_version is not None else None
 
+    def weights(self, uri: str) -> Path:
+        """Where the weights channel puts the file that lies at `uri` in S3."""
+        return self._channel("weights") / uri.rpartition("/")[2]
+
     @property
     def onnx(self) -> Path:
         return self._made("model") / "model.onnx"

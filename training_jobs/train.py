@@ -6,24 +6,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-import importlib.util
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-from torch import Tensor, nn
 
+from labelloop import problem_types
 from labelloop.errors import ConfigError, LabelloopError
 from labelloop.inference import Model
-from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
-from labelloop.records import Evaluation, HoldoutImage, ModelCard
+from labelloop.model_config import ModelConfig, ModelConfigs
+from labelloop.records import METRIC_TITLES, Evaluation, HoldoutImage, Metric, ModelCard, Region
 from labelloop.settings import Settings
-from training_jobs import classification, dataset
-from training_jobs.dataset import Dataset
+from training_jobs import architectures, dataset, network, problem
+from training_jobs.dataset import Dataset, Pixels
 from training_jobs.export import export
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import TrainingJob, exit_when_stopped, report_failure
@@ -31,31 +30,46 @@ from training_jobs.tracking import Run
 
 log = logging.getLogger("training_jobs")
 
+_RUNS_AT_ONCE = 4
+
 
 def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     """Train one model on one snapshot; leave `model.onnx` and `evaluation.json`, and a registered version in MLflow."""
     folder = models[job.model]
     config = folder.config
-    champion = load_champion(job)
+    champion = load_champion(job, config)
     card = model_card(job, config)
     data = dataset.load(job, config, card)
     log.info(
         "%s: %d images to train on, %d to validate, %d held out", job.model, len(data.train), len(data.validation), len(data.test)
     )
 
-    make_repeatable(config.hyperparameters.seed)
-    network, augment = build(folder)
+    metric = problem_types.of(config.problem_type).metric
+    make_repeatable(config.hyperparameters.seed, exact=problem.of(config.problem_type).exact)
+    uri = config.architecture.weights_uri
+    weights = architectures.fetch(config, job.weights(uri) if uri else None)
+    fresh, augment = network.build(folder, weights)
     with Run(job) as run:
         run.parameters(parameters(job, config, data))
-        network = fit(network, data, config, augment, job.checkpoint, lambda epoch: note(epoch, run))
-        challenger, parity = export(network, card, data.test.pixels, job.onnx)
+        trained = fit(fresh, data, config, card, augment, job.checkpoint, lambda epoch: note(epoch, metric, run))
+        challenger, parity = export(trained, card, data.test.pixels, job.onnx)
         evaluation = evaluate(job, config, data, challenger, champion, parity)
         return record(job, evaluation, run)
 
 
-def load_champion(job: TrainingJob) -> Model | None:
-    """The reigning champion, loaded as serving does. Raises `ModelError`."""
-    return Model(job.champion.read_bytes()) if job.champion else None
+def load_champion(job: TrainingJob, config: ModelConfig) -> Model | None:
+    """The reigning champion, loaded as serving does. Raises `ModelError`, and `ConfigError` when it solves another problem."""
+    if job.champion is None:
+        return None
+    champion = Model(job.champion.read_bytes())
+    if champion.card.problem_type != config.problem_type:
+        raise ConfigError(
+            "config.yaml",
+            f"is {config.problem_type}, but version {job.champion_version} of {config.name}, which serves, does "
+            f"{champion.card.problem_type}; the two cannot be compared, so make a model with another name",
+            "problem_type",
+        )
+    return champion
 
 
 def model_card(job: TrainingJob, config: ModelConfig) -> ModelCard:
@@ -68,28 +82,18 @@ def model_card(job: TrainingJob, config: ModelConfig) -> ModelCard:
         mode=config.image.mode,
         oversampling=config.image.oversampling,
         dataset_digest=job.digest,
+        boxes=config.box_rules,
     )
-
-
-def build(folder: ModelFolder) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The network and the augmentation of the model's own `model.py`. Raises `ConfigError` when it lacks either."""
-    with importlib.resources.as_file(folder.folder / "model.py") as file:
-        spec = importlib.util.spec_from_file_location(f"model_configs.{folder.config.name}.model", file)
-        if spec is None or spec.loader is None or not file.is_file():
-            raise ConfigError(file, "no such file; it defines build_model(config) and augmentation(config)")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    for name in ("build_model", "augmentation"):
-        if not callable(getattr(module, name, None)):
-            raise ConfigError(file, f"defines no function {name}(config)")
-    return module.build_model(folder.config), module.augmentation(folder.config)
 
 
 def parameters(job: TrainingJob, config: ModelConfig, data: Dataset) -> dict[str, object]:
     """What MLflow lists beside the run."""
+    rules = config.box_rules
     return {
         **msgspec.structs.asdict(config.hyperparameters),
         **{f"image_{name}": value for name, value in msgspec.structs.asdict(config.image).items()},
+        **({f"detection_{name}": value for name, value in msgspec.structs.asdict(rules).items()} if rules else {}),
+        "problem_type": config.problem_type,
         "architecture": config.architecture.name,
         "weights": config.architecture.weights,
         "n_annotations": job.n_annotations,
@@ -100,12 +104,12 @@ def parameters(job: TrainingJob, config: ModelConfig, data: Dataset) -> dict[str
     }
 
 
-def note(epoch: Epoch, run: Run) -> None:
+def note(epoch: Epoch, metric: Metric, run: Run) -> None:
     """Every epoch to MLflow, some to the job's log."""
-    validation = {} if epoch.validation is None else {"validation_accuracy": epoch.validation}
+    validation = {} if epoch.validation is None else {f"validation_{metric}": epoch.validation}
     run.metrics(epoch.number, {"loss": epoch.loss, "learning_rate": epoch.learning_rate, **validation})
     if epoch.notable:
-        measured = "" if epoch.validation is None else f"  validation accuracy {epoch.validation:.1%}"
+        measured = "" if epoch.validation is None else f"  validation {METRIC_TITLES[metric]} {epoch.validation:.1%}"
         log.info("epoch %d of %d: loss %.3f%s  (%.1f s)", epoch.number, epoch.of, epoch.loss, measured, epoch.seconds)
 
 
@@ -116,11 +120,12 @@ def evaluate(
 
     Both run as they serve, each on the images as its own card wants them.
     """
-    rows, classes = data.test.rows, config.classes
-    taken_for = classification.predict(challenger, data.test.pixels)
-    before = classification.predict(champion, dataset.decode(rows, job, config, champion.card)) if champion else None
+    rows, classes, kind = data.test.rows, config.classes, problem.of(config.problem_type)
+    found = predict(challenger, data.test.pixels)
+    before = predict(champion, dataset.decode(rows, job, config, champion.card)) if champion else None
     return Evaluation(
         model=job.model,
+        problem_type=config.problem_type,
         job_name=job.name,
         run_id="",
         dataset_digest=job.digest,
@@ -128,11 +133,14 @@ def evaluate(
         n_train=len(data.train),
         n_validation=len(data.validation),
         classes=classes,
-        challenger=classification.scores(rows, taken_for, classes, version=0),
-        champion=classification.scores(rows, before, classes, version=job.champion_version or 0) if before else None,
+        challenger=kind.scores(rows, found, classes, version=0),
+        champion=kind.scores(rows, before, classes, version=job.champion_version or 0) if before else None,
         holdout=[
             HoldoutImage(
-                sha256=row.sha256, label=row.label, challenger=taken_for[number], champion=before[number] if before else None
+                sha256=row.sha256,
+                truth=row.regions,
+                challenger=found[number],
+                champion=before[number] if before else None,
             )
             for number, row in enumerate(rows)
         ],
@@ -141,21 +149,29 @@ def evaluate(
     )
 
 
+def predict(model: Model, pixels: Pixels) -> Sequence[list[Region]]:
+    """What is kept of the model's candidates for each image, one image a run, as serving does it."""
+    kind = problem.of(model.card.problem_type)
+    with ThreadPoolExecutor(_RUNS_AT_ONCE) as runs:
+        return [kind.kept(candidates, model.card) for candidates in runs.map(model.candidates, pixels)]
+
+
 def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
     """Keep everything in MLflow, register the version, and leave the completed report, last of all."""
     challenger = evaluation.challenger
-    run.metrics(0, {"accuracy": challenger.accuracy, "parity": evaluation.parity})
+    metric, value = challenger.metric, challenger.value
+    title = METRIC_TITLES[metric]
+    run.metrics(0, {metric: value, "parity": evaluation.parity})
     with tempfile.TemporaryDirectory() as scratch:
-        confusion, plot = Path(scratch, "confusion.json"), Path(scratch, "confusion.png")
-        confusion.write_bytes(msgspec.json.encode({"classes": evaluation.classes, "confusion": challenger.confusion}))
-        title = f"{challenger.accuracy:.1%} of {len(evaluation.holdout)} holdout images"
-        classification.confusion_plot(challenger, evaluation.classes, title).savefig(plot)
-        run.keep(job.onnx, job.manifest, confusion, plot)
+        caption = f"{title} {value:.1%} on {len(evaluation.holdout)} holdout images"
+        plot = problem.of(evaluation.problem_type).plot(challenger, evaluation.classes, caption, Path(scratch))
+        run.keep(job.onnx, job.manifest, *plot)
     version = run.register(
         {
             "n_annotations": evaluation.n_annotations,
             "dataset_digest": evaluation.dataset_digest,
-            "accuracy": challenger.accuracy,
+            "metric": metric,
+            metric: value,
             "job_name": evaluation.job_name,
             "holdout_images": len(evaluation.holdout),
         }
@@ -164,13 +180,7 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
     complete = msgspec.structs.replace(evaluation, run_id=run.id, challenger=numbered)
     job.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(complete)))
     run.keep(job.evaluation)
-    log.info(
-        "version %d of %s: accuracy %.1f %% on %d holdout images",
-        version,
-        job.model,
-        100 * challenger.accuracy,
-        len(evaluation.holdout),
-    )
+    log.info("version %d of %s: %s %.1f %% on %d holdout images", version, job.model, title, 100 * value, len(evaluation.holdout))
     return complete
 
 

@@ -16,6 +16,7 @@ from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
 from infra_cdk.nag import acknowledge_wildcard
 from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
 from infra_cdk.stage import Stage
+from labelloop.artifacts import parse_s3_uri
 
 # What `image_uris.retrieve("pytorch-amzn2023", version="2.14", …)` of the sagemaker SDK says, which tests/infra asks; the
 # registry's account goes by region.
@@ -55,6 +56,7 @@ class TrainingJobs(Construct):
         allow_writing_objects(self.role, artifacts, "training/", "checkpoints/")
         allow(self.role, "s3:GetObject", on=code.bucket.arn_for_objects(code.s3_object_key))
         allow(self.role, "s3:ListBucket", on=code.bucket.bucket_arn)  # a channel is a prefix, even when it is one file
+        self._allow_reading_weights()
         self._allow_logs_and_metrics()
         if mlflow_app:
             allow_calling_mlflow(self.role, mlflow_app)
@@ -90,6 +92,14 @@ class TrainingJobs(Construct):
         allow(self.role, "ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", on=repository)
         allow(self.role, "ecr:GetAuthorizationToken", on="*", wildcard="signing in to ECR knows no resource")
         return f"{account}.dkr.ecr.{stack.region}.{stack.url_suffix}/{_REPOSITORY}:{_TAG}"
+
+    def _allow_reading_weights(self) -> None:
+        """The very files that model configs start from, wherever in S3 they lie."""
+        for uri in sorted({uri for config in self._stage.configs if (uri := config.architecture.weights_uri)}):
+            bucket, key = parse_s3_uri(uri)
+            arn = f"arn:{cdk.Aws.PARTITION}:s3:::{bucket}"
+            allow(self.role, "s3:GetObject", on=f"{arn}/{key}")
+            allow(self.role, "s3:ListBucket", on=arn)  # a channel is a prefix, even when it is one file
 
     def _allow_logs_and_metrics(self) -> None:
         groups = cdk.Stack.of(self).format_arn(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 
 _WIDTHS = (16, 32, 64)  # channels of the convolutions
 _ALIKE = 8  # images that are moved alike: a transform draws once for all that it is given
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig, weights: Path | None) -> nn.Module:
     """A small CNN: float32 `[N, channels, height, width]` between 0 and 1 → logits `[N, classes]`."""
+    if weights is not None:
+        raise ConfigError("config.yaml", "this network starts from nothing; write none", "architecture.weights")
     narrow, middle, wide = _WIDTHS
     return nn.Sequential(
         *_convolution(1 if config.image.mode == "L" else 3, narrow),

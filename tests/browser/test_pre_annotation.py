@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-from labelloop.records import Promotion
-from tests.browser import chromium
+from labelloop.records import Promotion, version_string
+from tests.browser.sign_in import signed_in
 from tests.laptop import Loop, wait_for
 
 ARTIFACTS = Path("test-artifacts")
@@ -18,28 +18,18 @@ ARTIFACTS = Path("test-artifacts")
 
 @pytest.fixture
 def page(loop: Loop) -> Iterator[Page]:
-    """A page signed in to Label Studio."""
-    executable = chromium.find()
-    assert executable, "there is no Chromium; run: make browser"
     addresses = loop.deployment.laptop
     assert addresses is not None
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        )
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
-        page.goto(f"{addresses.label_studio}/user/login/")
-        page.fill("#email", addresses.label_studio_user)
-        page.fill("#password", addresses.label_studio_password)
-        page.click('button[aria-label="Log In"]')
-        page.wait_for_url(re.compile(r"/(projects|$)"))
+    with signed_in(addresses) as page:
         yield page
-        browser.close()
 
 
 def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, first_version: Promotion, page: Page) -> None:
     label_studio = loop.deployment.label_studio
-    wait_for(lambda: label_studio.model_version(loop.project) == "digits v1", 60, "Label Studio knows version 1")
+    champion = loop.deployment.champions.read("digits")
+    assert champion is not None
+    version = version_string("digits", champion.version)
+    wait_for(lambda: label_studio.model_version(loop.project) == version, 60, f"Label Studio knows {version}")
     _, task = loop.annotator.tasks[-1]  # nobody gets there
     page.goto(f"{loop.deployment.label_studio_url}/projects/{loop.project}/data?task={task}")
     submit = page.get_by_role("button", name="Submit current annotation")
@@ -48,7 +38,7 @@ def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, 
     # By the choices' own names, "6[6]": the Data Manager's rows beside the editor have checked boxes of their own.
     chosen = page.get_by_role("checkbox", name=re.compile(r"^\d\[\d\]$"), checked=True)
     expect(chosen).to_have_count(1, timeout=15_000)
-    expect(page.get_by_text("digits v1").first).to_be_visible()
+    expect(page.get_by_text(version).first).to_be_visible()
     # The image itself came by a presigned address, through the bucket's CORS.
     expect(page.locator("img[alt='LS'], .lsf-image img, canvas").first).to_be_visible()
     ARTIFACTS.mkdir(exist_ok=True)

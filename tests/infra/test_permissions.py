@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.infra.templates import Template, Templates, flat
+from tests import examples
+from tests.infra.templates import PROD_CONTEXT, Template, Templates, flat, synthesize
 
 # What is granted on "*", because the service knows no resource for it.
 WITHOUT_RESOURCE = {
@@ -151,3 +154,26 @@ def test_only_sagemaker_gets_the_jobs_role(prod: Templates) -> None:
 def test_no_secret_stands_in_a_functions_environment(either: Templates) -> None:
     for function in either.functions.values():
         assert "resolve:secretsmanager" not in str(function["Properties"]["Environment"])
+
+
+def test_the_training_job_may_read_the_very_weights_that_configs_name(tmp_path: Path) -> None:
+    for name, weights in (("plain", "none"), ("mirrored", "s3://mirror/torchvision/net.pth")):
+        examples.make_model_folder(tmp_path / "models", name, "multilabel", ["a"])
+        file = tmp_path / "models" / name / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["architecture"]["weights"] = weights
+        file.write_text(yaml.safe_dump(config))
+    context = {**PROD_CONTEXT, "model_configs": str(tmp_path / "models")}
+    training = synthesize(context, tmp_path / "out").training
+    (role,) = (name for name in training.of_type("IAM::Role") if name.startswith("JobsRole"))
+    on_mirror = {
+        (action, flat(resource))
+        for statement in training.statements(role)
+        for resource in as_list(statement["Resource"])
+        for action in as_list(statement["Action"])
+        if "mirror" in flat(resource)
+    }
+    assert on_mirror == {
+        ("s3:GetObject", "arn:<AWS::Partition>:s3:::mirror/torchvision/net.pth"),
+        ("s3:ListBucket", "arn:<AWS::Partition>:s3:::mirror"),
+    }

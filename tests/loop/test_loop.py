@@ -12,13 +12,12 @@ import psutil
 import urllib3
 from typer.testing import CliRunner
 
-from cli.demo import served_accuracy
+from cli.demo import ask_about_holdout
 from cli.main import app
 from cli.status import read_status
-from labelloop import artifacts
+from labelloop import artifacts, problem_types
 from labelloop.dataset import split_of
-from labelloop.label_studio.payloads import choice_result
-from labelloop.records import ManifestRow, Promotion
+from labelloop.records import ManifestRow, Promotion, Region
 from tests.laptop import FIRST, Loop, wait_for
 
 
@@ -41,9 +40,9 @@ def test_before_its_first_version_a_model_says_so(loop: Loop) -> None:
 def test_a_second_delivery_of_an_event_makes_no_second_task(loop: Loop) -> None:
     digit = loop.data[0]
     before = loop.deployment.label_studio.counts(loop.project)["tasks"]
-    loop.deployment.images.put(loop.folder.config.images_prefix + digit.name, digit.png)
-    loop.deployment.images.put(loop.folder.config.images_prefix + "a copy of it.png", digit.png)
-    loop.deployment.images.put(loop.folder.config.images_prefix + "broken.png", digit.png[:40])
+    loop.deployment.images.put(loop.folder.config.images_prefix + digit.name, digit.image)
+    loop.deployment.images.put(loop.folder.config.images_prefix + "a copy of it.png", digit.image)
+    loop.deployment.images.put(loop.folder.config.images_prefix + "broken.png", digit.image[:40])
     _wait_until_idle(loop, "IngestQueue")
     assert loop.deployment.label_studio.counts(loop.project)["tasks"] == before
 
@@ -67,7 +66,7 @@ def test_annotations_become_a_version_that_serves(loop: Loop, first_version: Pro
     assert champion is not None
     assert champion.version == 1
     _wait_for_title(loop, "digits v1")
-    assert served_accuracy(loop.deployment, loop.folder, loop.data) > 0.75  # 60 annotations; chance is 0.1
+    assert ask_about_holdout(loop.deployment, loop.folder, loop.data).value > 0.75  # 60 annotations; chance is 0.1
 
 
 def test_the_registry_has_the_version_with_its_tags(loop: Loop, first_version: Promotion) -> None:
@@ -79,7 +78,7 @@ def test_the_registry_has_the_version_with_its_tags(loop: Loop, first_version: P
     assert version.version in (1, "1")
     assert version.tags["n_annotations"] == str(FIRST)
     assert version.tags["dataset_digest"] == training.job.digest
-    assert float(version.tags["accuracy"]) == first_version.accuracy
+    assert float(version.tags["accuracy"]) == first_version.value
     assert version.tags["verdict"] == "promote"
     names = {artifact.path for artifact in client.list_artifacts(str(version.run_id))}
     assert {"model.onnx", "evaluation.json"} <= names
@@ -231,7 +230,8 @@ def test_setting_the_project_up_again_changes_nothing(loop: Loop) -> None:
 def test_an_unknown_class_is_left_out_and_counted(loop: Loop, first_version: Promotion) -> None:
     """Label Studio stores any label unchecked; the snapshot leaves out what config.yaml does not name."""
     _, task = loop.annotator.tasks[-2]
-    loop.deployment.label_studio.annotate(task, choice_result("eleven", loop.folder.label_config), seconds=1)
+    eleven = problem_types.of("classification").result([Region(label="eleven")], loop.folder.label_config, (8, 8))
+    loop.deployment.label_studio.annotate(task, eleven, seconds=1)
     loop.webhook("START_TRAINING")
     _wait_until_idle(loop, "RetrainQueue")
     head = loop.deployment.ledger.head(loop.model)

@@ -1,4 +1,4 @@
-"""Lay out /opt/ml as SageMaker does before a training job starts, with real scanned digits."""
+"""Lay out /opt/ml as SageMaker does before a training job starts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from cli.digits import Digit
+from cli.examples import Example
 from labelloop.artifacts import s3_uri
 from labelloop.dataset import split_of
-from labelloop.model_config import ModelConfigs
+from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.records import Evaluation, ManifestRow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,19 +30,19 @@ def model_configs(folder: Path, *, epochs: int) -> Path:
     return folder
 
 
-def manifest_rows(digits: Sequence[Digit]) -> list[ManifestRow]:
-    """The manifest of annotated digits, split as the library splits them."""
-    config = ModelConfigs(DIGITS.parent)["digits"].config
+def manifest_rows(examples: Sequence[Example], config: ModelConfig | None = None) -> list[ManifestRow]:
+    """The manifest of annotated images, the digits' unless told otherwise, split as the library splits them."""
+    config = config or ModelConfigs(DIGITS.parent)["digits"].config
     return [
         ManifestRow(
-            image=s3_uri("images", config.images_prefix + digit.name),
-            sha256=digit.sha256,
-            label=digit.label,
-            split=split_of(digit.sha256, config.splits),
+            image=s3_uri("images", config.images_prefix + example.name),
+            sha256=example.sha256,
+            regions=example.truth,
+            split=split_of(example.sha256, config.splits),
             annotation=f"annotation-{number}",
             task=number,
         )
-        for number, digit in enumerate(sorted(digits, key=lambda digit: digit.sha256))
+        for number, example in enumerate(sorted(examples, key=lambda example: example.sha256))
     ]
 
 
@@ -55,14 +55,21 @@ class OptMl:
             (folder / name).mkdir(parents=True)
 
     def lay_out(
-        self, digits: Sequence[Digit], rows: Sequence[ManifestRow], *, job_name: str, champion: tuple[int, bytes] | None = None
+        self,
+        examples: Sequence[Example],
+        rows: Sequence[ManifestRow],
+        *,
+        job_name: str,
+        model: str = "digits",
+        champion: tuple[int, bytes] | None = None,
+        weights: tuple[str, bytes] | None = None,
     ) -> OptMl:
-        for digit in digits:
-            (self.folder / "input/data/images" / digit.name).write_bytes(digit.png)
+        for example in examples:
+            (self.folder / "input/data/images" / example.name).write_bytes(example.image)
         manifest = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
         (self.folder / "input/data/manifest/manifest.jsonl").write_bytes(manifest)
         hyperparameters = {
-            "model": "digits",
+            "model": model,
             "digest": hashlib.sha256(manifest).hexdigest(),
             "n_annotations": str(len(rows)),
             "job_name": job_name,
@@ -72,6 +79,9 @@ class OptMl:
         if champion:
             (self.folder / "input/data/champion").mkdir()
             (self.folder / "input/data/champion/model.onnx").write_bytes(champion[1])
+        if weights:
+            (self.folder / "input/data/weights").mkdir()
+            (self.folder / "input/data/weights" / weights[0]).write_bytes(weights[1])
         return self
 
     @property

@@ -10,9 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli import digits
-from cli.digits import Digit
-from labelloop.records import ManifestRow, Split
+from cli.examples import Example, digits
+from labelloop.records import ManifestRow, Region, Split
 from tests.examples import brightness_model
 from tests.training.opt_ml import OptMl, manifest_rows
 
@@ -24,7 +23,7 @@ class Case:
     """A sound job, to be spoilt."""
 
     job: OptMl
-    images: list[Digit]
+    images: list[Example]
     rows: list[ManifestRow]
 
     def lay_out(self, champion: tuple[int, bytes] | None = None) -> None:
@@ -33,7 +32,7 @@ class Case:
     def image(self, number: int) -> Path:
         return self.job.folder / "input/data/images" / self.rows[number].image.rpartition("/")[2]
 
-    def change(self, number: int, **values: str) -> None:
+    def change(self, number: int, **values: object) -> None:
         self.rows[number] = msgspec.structs.replace(self.rows[number], **values)
 
     def move(self, before: Split, after: Split) -> None:
@@ -49,7 +48,7 @@ def missing(case: Case) -> None:
 def broken(case: Case) -> None:
     data = b"GIF89a but no image"
     (case.job.folder / "input/data/images/odd.png").write_bytes(data)
-    case.change(0, image="s3://images/images/digits/odd.png", sha256=digits.Digit("", data, "").sha256)
+    case.change(0, image="s3://images/images/digits/odd.png", sha256=Example("", data, []).sha256)
     case.lay_out()
 
 
@@ -69,7 +68,7 @@ def another_model(case: Case) -> None:
 
 
 def unknown_label(case: Case) -> None:
-    case.change(0, label="ten")
+    case.change(0, regions=[Region(label="ten")])
     case.lay_out()
 
 
@@ -162,7 +161,7 @@ def test_a_model_without_augmentation_fails_the_job(
     run_here: Run, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(configs / "digits", tmp_path / "configs/digits")
-    (tmp_path / "configs/digits/model.py").write_text("def build_model(config): ...\n")
+    (tmp_path / "configs/digits/model.py").write_text("def build_model(config, weights): ...\n")
     images = digits.load()[:40]
     job = OptMl(tmp_path / "job").lay_out(images, manifest_rows(images), job_name="job-no-augmentation")
     monkeypatch.setenv("LABELLOOP_MODEL_CONFIGS", str(tmp_path / "configs"))
@@ -173,7 +172,7 @@ def test_a_model_without_augmentation_fails_the_job(
 
 def test_a_long_reason_fits_sagemaker(run_here: Run, tmp_path: Path) -> None:
     images = digits.load()[:40]
-    rows = [msgspec.structs.replace(row, label="x" * 200) for row in manifest_rows(images)]
+    rows = [msgspec.structs.replace(row, regions=[Region(label="x" * 200)]) for row in manifest_rows(images)]
     job = OptMl(tmp_path).lay_out(images, rows, job_name="job-wordy")
     assert run_here(job) == 1
     assert job.failure is not None

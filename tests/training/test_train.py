@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cli import digits
-from cli.digits import Digit
+from cli.examples import Example, digits
 from labelloop.inference import Model
 from labelloop.launcher import COMMAND
-from labelloop.records import ManifestRow
+from labelloop.records import ManifestRow, Region
 from tests.examples import brightness_model
 from tests.training.conftest import EPOCHS, job_environment
 from tests.training.opt_ml import REPOSITORY, OptMl, manifest_rows
@@ -31,19 +30,19 @@ Run = Callable[[OptMl], int]
 
 
 @pytest.fixture(scope="module")
-def images() -> list[Digit]:
+def images() -> list[Example]:
     return random.Random(0).sample(digits.load(), 80)
 
 
 @pytest.fixture(scope="module")
-def rows(images: list[Digit]) -> list[ManifestRow]:
+def rows(images: list[Example]) -> list[ManifestRow]:
     """A snapshot in which nothing is known of one class: it has no training image."""
-    return [row for row in manifest_rows(images) if (row.split, row.label) != ("train", "0")]
+    return [row for row in manifest_rows(images) if (row.split, row.regions[0].label) != ("train", "0")]
 
 
 @pytest.fixture(scope="module")
 def finished(
-    tmp_path_factory: pytest.TempPathFactory, images: list[Digit], rows: list[ManifestRow], mlflow_url: str, configs: Path
+    tmp_path_factory: pytest.TempPathFactory, images: list[Example], rows: list[ManifestRow], mlflow_url: str, configs: Path
 ) -> OptMl:
     """A job that ran as in the container: the code unzipped, start.sh, a process of its own."""
     folder = tmp_path_factory.mktemp("job")
@@ -73,16 +72,23 @@ def finished(
     return job
 
 
-def test_the_report_is_what_the_exported_model_says(finished: OptMl, images: list[Digit], rows: list[ManifestRow]) -> None:
+def test_the_report_is_what_the_exported_model_says(finished: OptMl, images: list[Example], rows: list[ManifestRow]) -> None:
     report, model = finished.evaluation, Model(finished.onnx)
-    data = {digit.sha256: digit.png for digit in images}
+    data = {digit.sha256: digit.image for digit in images}
     holdout = [row for row in rows if row.split == "test"]
-    assert [(image.sha256, image.label) for image in report.holdout] == [(row.sha256, row.label) for row in holdout]
-    assert [image.challenger for image in report.holdout] == [model.classify(data[row.sha256])[0] for row in holdout]
-    right = sum(image.challenger == image.label for image in report.holdout)
-    assert report.challenger.accuracy == right / len(holdout)
-    assert sum(map(sum, report.challenger.confusion)) == len(holdout)
-    assert sum(report.challenger.confusion[number][number] for number in range(10)) == right
+    assert [(image.sha256, image.truth) for image in report.holdout] == [(row.sha256, row.regions) for row in holdout]
+    assert [image.challenger for image in report.holdout] == [_shown(model, data[row.sha256]) for row in holdout]
+    right = sum(image.challenger[0].label == image.truth[0].label for image in report.holdout)
+    assert (report.problem_type, report.challenger.metric) == ("classification", "accuracy")
+    assert report.challenger.value == right / len(holdout)
+    confusion = report.challenger.confusion
+    assert confusion is not None
+    assert sum(map(sum, confusion)) == len(holdout)
+    assert sum(confusion[number][number] for number in range(10)) == right
+    for name, recall in report.challenger.per_class.items():
+        of_class = [image.challenger[0].label for image in report.holdout if image.truth[0].label == name]
+        assert recall == of_class.count(name) / len(of_class)
+    assert set(report.challenger.per_class) == {row.regions[0].label for row in holdout}
     assert (report.n_annotations, report.n_train + report.n_validation + len(holdout)) == (len(rows), len(rows))
     assert report.champion is None
     assert 0 <= report.parity <= 1e-3
@@ -97,7 +103,7 @@ def test_the_model_file_carries_its_card(finished: OptMl) -> None:
         finished.evaluation.classes,
     )
     assert card.dataset_digest == finished.evaluation.dataset_digest
-    logits = Model(finished.onnx).logits(np.zeros((3, card.height, card.width, 1), dtype=np.uint8))
+    (logits,) = Model(finished.onnx).run(np.zeros((3, card.height, card.width, 1), dtype=np.uint8))
     assert logits.shape == (3, 10)
 
 
@@ -119,7 +125,8 @@ def test_mlflow_holds_the_run_and_the_version(finished: OptMl, mlflow: MlflowCli
     assert version.tags == {
         "n_annotations": str(report.n_annotations),
         "dataset_digest": report.dataset_digest,
-        "accuracy": str(report.challenger.accuracy),
+        "metric": "accuracy",
+        "accuracy": str(report.challenger.value),
         "job_name": "job-finished",
         "holdout_images": str(len(report.holdout)),
     }
@@ -139,40 +146,43 @@ def test_a_restarted_job_registers_once(finished: OptMl, run_here: Run, mlflow: 
 
 
 def test_the_same_snapshot_trains_the_same_and_the_champion_sees_what_its_card_says(
-    finished: OptMl, images: list[Digit], rows: list[ManifestRow], run_here: Run, tmp_path: Path
+    finished: OptMl, images: list[Example], rows: list[ManifestRow], run_here: Run, tmp_path: Path
 ) -> None:
     champion = brightness_model()
     assert Model(champion).card.width != Model(finished.onnx).card.width
     job = OptMl(tmp_path).lay_out(images, rows, job_name="job-champion", champion=(7, champion))
     assert run_here(job) == 0
-    report, data = job.evaluation, {digit.sha256: digit.png for digit in images}
+    report, data = job.evaluation, {digit.sha256: digit.image for digit in images}
     assert _logits(job, images).tobytes() == _logits(finished, images).tobytes()
-    assert report.challenger.accuracy == finished.evaluation.challenger.accuracy
+    assert report.challenger.value == finished.evaluation.challenger.value
     assert [image.champion for image in report.holdout] == [
-        Model(champion).classify(data[image.sha256])[0] for image in report.holdout
+        _shown(Model(champion), data[image.sha256]) for image in report.holdout
     ]
     assert report.champion is not None
     assert report.champion.version == 7
-    assert report.champion.accuracy == sum(image.champion == image.label for image in report.holdout) / len(report.holdout)
+    assert report.champion.value == sum(
+        image.champion is not None and image.champion[0].label == image.truth[0].label for image in report.holdout
+    ) / len(report.holdout)
     assert report.challenger.version > finished.evaluation.challenger.version
 
 
 def test_only_training_rows_are_learnt_from(
-    finished: OptMl, images: list[Digit], rows: list[ManifestRow], run_here: Run, tmp_path: Path
+    finished: OptMl, images: list[Example], rows: list[ManifestRow], run_here: Run, tmp_path: Path
 ) -> None:
     """Every other answer is wrong, and the weights stay the same."""
 
     def spoilt(row: ManifestRow) -> ManifestRow:
-        return row if row.split == "train" else msgspec.structs.replace(row, label=str((int(row.label) + 1) % 10))
+        wrong = [Region(label=str((int(row.regions[0].label) + 1) % 10))]
+        return row if row.split == "train" else msgspec.structs.replace(row, regions=wrong)
 
     job = OptMl(tmp_path).lay_out(images, [spoilt(row) for row in rows], job_name="job-spoilt")
     assert run_here(job) == 0
     assert _logits(job, images).tobytes() == _logits(finished, images).tobytes()
-    assert job.evaluation.challenger.accuracy < finished.evaluation.challenger.accuracy
+    assert job.evaluation.challenger.value < finished.evaluation.challenger.value
 
 
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_to_the_same_weights(
-    finished: OptMl, images: list[Digit], rows: list[ManifestRow], run_here: Run, mlflow_url: str, configs: Path, tmp_path: Path
+    finished: OptMl, images: list[Example], rows: list[ManifestRow], run_here: Run, mlflow_url: str, configs: Path, tmp_path: Path
 ) -> None:
     job = OptMl(tmp_path).lay_out(images, rows, job_name="job-stopped")
     with subprocess.Popen(
@@ -203,7 +213,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_to_the_same_weights(
 
 
 def test_a_dead_mlflow_server_fails_the_job(
-    images: list[Digit], rows: list[ManifestRow], run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: list[Example], rows: list[ManifestRow], run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -222,6 +232,11 @@ def test_the_images_lack_nothing_that_is_pinned_otherwise() -> None:
     assert dict(pins) == {name: project.get(name) for name, _ in pins}
 
 
-def _logits(job: OptMl, images: list[Digit]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _logits(job: OptMl, images: list[Example]) -> np.ndarray[Any, np.dtype[np.float32]]:
     model = Model(job.onnx)
-    return model.logits(np.stack([model.pixels(digit.png) for digit in images]))
+    (logits,) = model.run(np.stack([model.pixels(digit.image) for digit in images]))
+    return logits
+
+
+def _shown(model: Model, image: bytes) -> list[Region]:
+    return model.candidates(model.pixels(image))[:1]

@@ -32,20 +32,17 @@ def test_an_address_leads_back_to_its_key(key: str) -> None:
 def test_every_key_survives_its_address(key: str) -> None:
     uri = s3_uri("my-bucket.name", key)
     assert parse_s3_uri(uri) == ("my-bucket.name", key)
-    assert uri.isascii()
-    assert not set(uri) & set(' \t\r\n#?"<>')
 
 
-@pytest.mark.parametrize(
-    "uri", ["", "s3://", "s3://bucket", "s3://bucket/", "s3:///key", "https://bucket/key", "bucket/key", "s3://[x/k"]
-)
+@pytest.mark.parametrize("uri", ["", "s3://", "s3://bucket", "s3://bucket/", "s3:///key", "https://bucket/key", "bucket/key"])
 def test_what_is_no_address_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"is no s3://|Invalid"):
+    with pytest.raises(ValueError, match="is no s3://"):
         parse_s3_uri(uri)
 
 
-def test_a_raw_key_with_a_query_is_read_as_it_stands() -> None:
-    assert parse_s3_uri("s3://bucket/a b/c.png?versionless") == ("bucket", "a b/c.png?versionless")
+def test_an_address_is_read_as_label_studio_reads_it() -> None:
+    """It takes what follows the bucket for the key, letter by letter, when it signs an address for the browser."""
+    assert parse_s3_uri("s3://bucket/a b%20c.png?v#1") == ("bucket", "a b%20c.png?v#1")
 
 
 @pytest.mark.parametrize("key", ODD_KEYS)

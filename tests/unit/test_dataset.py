@@ -14,7 +14,7 @@ from labelloop import dataset
 from labelloop.dataset import split_of
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import Splits
-from labelloop.records import ManifestRow, Snapshot, Split
+from labelloop.records import ManifestRow, Region, Snapshot, Split
 from tests import examples
 from tests.examples import DIGITS, LABELS, annotated_task, sha256
 
@@ -75,13 +75,12 @@ def test_the_latest_annotation_wins() -> None:
         {"id": 2, "unique_id": "b", "updated_at": "2026-01-03T00:00:00Z", "result": result("2")},
         {"id": 3, "unique_id": "c", "updated_at": "2026-01-02T00:00:00Z", "result": result("3")},
         {"id": 4, "unique_id": "d", "updated_at": "2026-01-04T00:00:00Z", "result": result("4"), "was_cancelled": True},
-        {"id": 5, "unique_id": "e", "updated_at": "2026-01-05T00:00:00Z", "result": []},
     ]
     task = msgspec.convert(
         {"id": 9, "data": {"image": "s3://b/k"}, "meta": {"sha256": "f" * 64}, "annotations": annotations}, AnnotatedTask
     )
     [row], skipped = rows(task)
-    assert (row.label, row.annotation, row.task, skipped) == ("2", "b", 9, {})
+    assert (row.regions, row.annotation, row.task, skipped) == ([Region(label="2")], "b", 9, {})
 
 
 def result(label: str) -> list[dict[str, object]]:
@@ -93,7 +92,7 @@ def test_tasks_with_the_same_content_are_one_image_with_the_label_given_last() -
     late = annotated_task(2, "2", content="same", updated_at="2026-01-02T00:00:00Z")
     for tasks in ((early, late), (late, early)):
         [row], skipped = rows(*tasks)
-        assert row.label == "2"
+        assert row.regions == [Region(label="2")]
         assert skipped == {"another task shows the same image": 1}
 
 
@@ -128,8 +127,12 @@ def test_an_annotation_of_another_control_tag_is_no_label() -> None:
     assert rows(changed) == ([], {"0 classes are chosen instead of one": 1})
 
 
-def test_skipped_and_empty_annotations_are_no_annotations() -> None:
-    assert rows(annotated_task(1, was_cancelled=True), annotated_task(2, None)) == ([], {})
+def test_a_skipped_task_is_no_annotation() -> None:
+    assert rows(annotated_task(1, was_cancelled=True)) == ([], {})
+
+
+def test_an_empty_annotation_takes_the_class_back() -> None:
+    assert rows(annotated_task(2, None)) == ([], {"0 classes are chosen instead of one": 1})
 
 
 def test_the_manifest_is_ordered_jsonl_that_reads_back() -> None:
@@ -172,7 +175,7 @@ def test_rows_say_what_training_needs() -> None:
     assert row == ManifestRow(
         image="s3://images/images/digits/a.png",
         sha256=sha256("a"),
-        label="7",
+        regions=[Region(label="7")],
         split=split_of(sha256("a"), examples.DIGITS.splits),
         annotation="annotation-5",
         task=5,

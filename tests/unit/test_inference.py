@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from labelloop.errors import ImageError, ModelError
-from labelloop.inference import Model, ModelCache, softmax
+from labelloop.inference import Model, ModelCache
 from tests.examples import DIGITS, brightness_model, model_card, png
 
 
@@ -18,9 +18,10 @@ def model() -> Model:
 @pytest.mark.parametrize("digit", range(10))
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 def test_an_image_file_gets_its_class_and_probability(model: Model, digit: int, mode: str) -> None:
-    label, score = model.classify(png(digit, mode=mode))
-    assert label == DIGITS.classes[digit]
-    assert 0.9 < score <= 1
+    best = model.candidates(model.pixels(png(digit, mode=mode)))[0]
+    assert best.label == DIGITS.classes[digit]
+    assert best.score is not None
+    assert 0.9 < best.score <= 1
 
 
 def test_the_card_says_what_the_model_takes(model: Model) -> None:
@@ -32,15 +33,15 @@ def test_the_card_says_what_the_model_takes(model: Model) -> None:
 
 def test_a_batch_gives_what_single_images_give(model: Model) -> None:
     batch = np.stack([model.pixels(png(digit)) for digit in range(10)])
-    together = model.logits(batch)
+    (together,) = model.run(batch)
     assert together.shape == (10, 10)
-    apart = np.concatenate([model.logits(image[np.newaxis]) for image in batch])
+    apart = np.concatenate([model.run(image[np.newaxis])[0] for image in batch])
     np.testing.assert_allclose(together, apart, rtol=1e-6)
 
 
 def test_a_broken_image_is_an_image_error(model: Model) -> None:
     with pytest.raises(ImageError):
-        model.classify(b"no image")
+        model.pixels(b"no image")
 
 
 @pytest.mark.parametrize(
@@ -59,18 +60,14 @@ def test_what_is_no_model_of_ours_is_a_model_error(data: bytes, message: str) ->
 
 def test_a_model_that_computes_no_number_is_a_model_error() -> None:
     """A score that is no number would keep Label Studio from opening the task."""
+    broken = Model(brightness_model(sharpness=float("nan")))
     with pytest.raises(ModelError, match="not finite"):
-        Model(brightness_model(sharpness=float("nan"))).classify(png(3))
+        broken.candidates(broken.pixels(png(3)))
 
 
 def test_pixels_of_another_shape_are_a_model_error(model: Model) -> None:
     with pytest.raises(ModelError, match="does not run"):
-        model.logits(np.zeros((1, 8, 8, 1), dtype=np.uint8))
-
-
-def test_softmax_stands_large_and_equal_logits() -> None:
-    np.testing.assert_allclose(softmax(np.array([1e4, 0, -1e4], dtype=np.float32)), [1, 0, 0])
-    np.testing.assert_allclose(softmax(np.zeros((2, 4), dtype=np.float32)), np.full((2, 4), 0.25))
+        model.run(np.zeros((1, 8, 8, 1), dtype=np.uint8))
 
 
 def test_the_cache_keeps_what_was_used_last(model: Model) -> None:

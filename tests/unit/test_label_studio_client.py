@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
 from labelloop.errors import LabelStudioError
-from labelloop.label_studio.client import LabelStudioClient
+from labelloop.label_studio.client import KnownTask, LabelStudioClient
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
 PERSONAL = "eyJh.eyJi.c2ln"  # three parts: a JWT
@@ -33,6 +34,11 @@ def client(server: RecordingServer) -> LabelStudioClient:
 
 def query(request: Request) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(urlsplit(request.path).query).items()}
+
+
+def view(request: Request) -> Any:
+    """The view that a request asks for, as Label Studio reads it: with the percent signs decoded once more."""
+    return json.loads(unquote(query(request)["query"]))
 
 
 def test_a_legacy_token_is_sent_as_it_is(server: RecordingServer, client: LabelStudioClient) -> None:
@@ -89,6 +95,9 @@ CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "annotated_tasks": lambda client: client.annotated_tasks(1),
     "find_images": lambda client: client.find_images(1, ["s3://b/k"], "image"),
     "images": lambda client: client.images(1, "image"),
+    "tasks_after": lambda client: client.tasks_after(1, 0, "image"),
+    "tasks": lambda client: list(client.tasks(1, "image")),
+    "signed_in_as": lambda client: client.signed_in_as(),
     "annotate": lambda client: client.annotate(1, [], seconds=1.0),
     "import_tasks": lambda client: client.import_tasks(1, [{"data": {}}]),
     "backends": lambda client: client.backends(1),
@@ -177,14 +186,14 @@ def test_images_are_looked_up_in_requests_that_a_web_server_takes(server: Record
     known = {addresses[3], addresses[24]}
 
     def answer(request: Request) -> Answer:
-        asked = [item["value"] for item in json.loads(query(request)["query"])["filters"]["items"]]
+        asked = [item["value"] for item in view(request)["filters"]["items"]]
         return Answer(body={"tasks": [{"id": 1, "data": {"image": a}} for a in asked if a in known], "total": 0})
 
     server.answer = answer
     assert client.find_images(1, addresses, "image") == known
     assert max(len(request.path) for request in server.requests) < 8_000
     assert query(server.requests[0])["resolve_uri"] == "false", "addresses as they were stored, not the browser's"
-    filters = json.loads(query(server.requests[0])["query"])["filters"]
+    filters = view(server.requests[0])["filters"]
     assert filters["conjunction"] == "or"
     assert filters["items"][0] == {
         "filter": "filter:tasks:data.image",
@@ -200,15 +209,56 @@ def test_all_images_are_listed_by_id_as_they_are_stored(server: RecordingServer,
     def answer(request: Request) -> Answer:
         asked = query(request)
         assert asked["resolve_uri"] == "false"
-        view = json.loads(asked["query"])
-        assert view["ordering"] == ["tasks:id"]
-        [after] = view["filters"]["items"]
+        assert view(request)["ordering"] == ["tasks:id"]
+        [after] = view(request)["filters"]["items"]
         assert (after["filter"], after["operator"], asked.get("page", "1")) == ("filter:tasks:id", "greater", "1")
         return Answer(body={"tasks": [task for task in tasks if int(str(task["id"])) > after["value"]][:2]})
 
     server.answer = answer
     assert client.images(1, "image") == {f"s3://b/{number}": number for number in (3, 5, 8, 13, 21)}
     assert len(server.requests) == 4
+
+
+def test_tasks_are_listed_by_id_with_what_ingest_noted(server: RecordingServer, client: LabelStudioClient) -> None:
+    noted = {"sha256": "a" * 64, "width": 30, "height": 20}
+    tasks = [
+        {"id": 3, "data": {"image": "s3://b/3"}, "meta": noted, "total_annotations": 1, "cancelled_annotations": 2},
+        {"id": 5, "data": {"image": "s3://b/5"}, "meta": None, "total_annotations": 0, "cancelled_annotations": 0},
+        {"id": 8, "data": {}, "meta": {}, "total_annotations": 0, "cancelled_annotations": 1},
+    ]
+
+    def answer(request: Request) -> Answer:
+        asked = query(request)
+        assert {"meta", "total_annotations", "cancelled_annotations"} <= set(asked["include"].split(","))
+        assert asked["resolve_uri"] == "false"
+        [after] = view(request)["filters"]["items"]
+        return Answer(body={"tasks": [task for task in tasks if int(str(task["id"])) > after["value"]][:2]})
+
+    server.answer = answer
+    assert client.tasks_after(1, 3, "image", limit=2) == [
+        KnownTask(5, "s3://b/5", None, (0, 0), 0),
+        KnownTask(8, "", None, (0, 0), 1),
+    ]
+    assert query(server.requests[0])["page_size"] == "2"
+    found = list(client.tasks(1, "image"))
+    assert [task.id for task in found] == [3, 5, 8]
+    assert found[0] == KnownTask(3, "s3://b/3", "a" * 64, (30, 20), 3)
+
+
+def test_a_browser_is_sent_to_a_presigned_address(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(303, b"", {"Location": "http://s3/presigned"})
+    assert client.presigned_address("tasks/5", "s3://b/ü.png") == "http://s3/presigned"
+    (request,) = server.requests
+    assert request.path.startswith("/tasks/5/resolve/?")
+    assert base64.urlsafe_b64decode(query(request)["fileuri"]).decode() == "s3://b/ü.png"
+    assert request.headers["authorization"].startswith("Token ")
+
+
+@pytest.mark.parametrize("answer", [Answer(404), Answer(303, b""), Answer(200, b"the image itself")])
+def test_an_image_that_no_storage_covers_is_an_error(server: RecordingServer, client: LabelStudioClient, answer: Answer) -> None:
+    server.answer = lambda _: answer
+    with pytest.raises(LabelStudioError):
+        client.presigned_address("projects/1", "s3://elsewhere/a.png")
 
 
 def test_an_annotation_is_submitted(server: RecordingServer, client: LabelStudioClient) -> None:

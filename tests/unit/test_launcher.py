@@ -17,7 +17,7 @@ from botocore.validate import ParamValidator
 from labelloop import launcher
 from labelloop.errors import TrainingServiceError
 from labelloop.launcher import Launcher, job_name, training_request
-from labelloop.model_config import Training
+from labelloop.model_config import Architecture, Training
 from labelloop.settings import Settings
 from tests import examples
 
@@ -63,8 +63,12 @@ def limits(shape: botocore.model.Shape, value: Any, path: str = "") -> list[str]
     return broken
 
 
+MIRRORED = msgspec.structs.replace(
+    examples.DIGITS, architecture=Architecture(name="mobilenet_v3_large", weights="s3://mirror/torchvision/mobilenet.pth")
+)
 CONFIGS = {
     "digits": examples.DIGITS,
+    "mirrored weights": MIRRORED,
     "no spot": msgspec.structs.replace(examples.DIGITS, training=Training(spot=False, max_runtime_minutes=600)),
     "longest name": msgspec.structs.replace(examples.DIGITS, name="a" * 31 + "_"),
 }
@@ -124,6 +128,12 @@ def test_the_request_keeps_the_contract_of_the_job() -> None:
     assert request["OutputDataConfig"]["S3OutputPath"] == "s3://labelloop-local-artifacts/training/digits/"
     assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] >= request["StoppingCondition"]["MaxRuntimeInSeconds"] == 1800
     assert request["CheckpointConfig"]["S3Uri"].endswith(f"checkpoints/digits/{JOB.job_name}/")
+
+
+def test_mirrored_weights_are_a_channel_and_others_are_not() -> None:
+    request = training_request(SETTINGS, MIRRORED, JOB, None)
+    assert channels(request)["weights"] == ("File", "s3://mirror/torchvision/mobilenet.pth")
+    assert "weights" not in channels(REQUEST)
 
 
 def test_without_a_champion_there_is_no_channel_for_it() -> None:

@@ -111,7 +111,7 @@ def test_the_first_version_serves_and_everybody_knows(gate: Gate) -> None:
     decided = gate.decide()
     assert (decided.verdict, decided.version, decided.holdout_images, decided.n_annotations) == ("promote", 1, 20, 100)
     assert gate.champion is not None
-    assert (gate.champion.version, gate.champion.accuracy, gate.champion.n_annotations) == (1, 0.9, 100)
+    assert (gate.champion.version, gate.champion.value, gate.champion.n_annotations) == (1, 0.9, 100)
     assert gate.champions.onnx(gate.champion) == b"onnx"
     assert gate.champions.evaluation("digits", 1) == examples.evaluation(1, 0.9)
     assert gate.ledger.promotion("digits", JOB) == decided

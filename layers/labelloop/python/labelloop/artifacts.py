@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import msgspec
 import obstore
@@ -54,21 +54,29 @@ def champion_key(model: str) -> str:
 
 def parse_s3_uri(uri: str) -> tuple[str, str]:
     """Bucket and key of `s3://bucket/key`. Raises `ValueError` when it is none."""
-    parts = urlsplit(uri, allow_fragments=False)
-    key = unquote(parts.path.removeprefix("/")) + (f"?{parts.query}" if parts.query else "")
-    if parts.scheme != "s3" or not parts.netloc or not key:
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket or not key:
         raise ValueError(f"{uri!r} is no s3://bucket/key address")
-    return parts.netloc, key
+    return bucket, key
 
 
 def s3_uri(bucket: str, key: str) -> str:
-    """The address of an object, with what a URL cannot hold percent-encoded."""
-    return f"s3://{bucket}/{quote(key, safe='/!*()-_.~')}"
+    """The address of an object. The key stands as it is: S3's own tools and Label Studio decode nothing."""
+    return f"s3://{bucket}/{key}"
 
 
 def is_plain_key(key: str) -> bool:
     """Whether `Bucket` can address a key: no empty, `.` or `..` part, no control character. obstore takes no others."""
     return all(part not in ("", ".", "..") for part in key.split("/")) and not _CONTROL.search(key)
+
+
+class Entry(NamedTuple):
+    """What a listing says of an object. The entity tag of an object written by one PUT, without KMS, is its MD5."""
+
+    size: int  # bytes
+    e_tag: str | None
+    last_modified: datetime
 
 
 class Bucket:
@@ -131,8 +139,16 @@ class Bucket:
             raise StorageError(f"cannot write s3://{self.name}/{key}: {_first_line(error)}") from error
 
     def keys(self, prefix: str) -> list[str]:
+        return list(self.entries(prefix))
+
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        """The objects whose keys start with `prefix`, a folder's name, by key."""
         try:
-            return [entry["path"] for chunk in obstore.list(self._store, prefix) for entry in chunk]
+            return {
+                entry["path"]: Entry(entry["size"], entry["e_tag"], entry["last_modified"])
+                for chunk in obstore.list(self._store, prefix)
+                for entry in chunk
+            }
         except _OBSTORE_ERRORS as error:
             raise StorageError(f"cannot list s3://{self.name}/{prefix}: {_first_line(error)}") from error
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 import msgspec
 
+from labelloop import problem_types
 from labelloop.errors import AnnotationError, ImageError
 from labelloop.label_studio.label_config import LabelConfig
-from labelloop.label_studio.payloads import AnnotatedTask, chosen_label
+from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfig, Splits
 from labelloop.records import ManifestRow, Snapshot, Split
 
@@ -36,6 +37,7 @@ def rows(
 
     One row an image: of several tasks with the same content the one annotated last counts.
     """
+    problem_type = problem_types.of(config.problem_type)
     kept: dict[str, tuple[tuple[str, str], ManifestRow]] = {}
     skipped: Counter[str] = Counter()
     for task in tasks:
@@ -43,18 +45,19 @@ def rows(
         if annotation is None:
             continue
         try:
-            label = chosen_label(annotation, label_config)
+            regions = problem_type.annotated(annotation, label_config)
             image, sha256 = task.image(label_config.data_key), task.content_hash
         except (AnnotationError, ImageError) as error:
             skipped[str(error)] += 1
             continue
-        if label not in config.classes:
-            skipped[f"the class {label!r} is not in config.yaml"] += 1
+        strange = next((region.label for region in regions if region.label not in config.classes), None)
+        if strange is not None:
+            skipped[f"the class {strange!r} is not in config.yaml"] += 1
             continue
         row = ManifestRow(
             image=image,
             sha256=sha256,
-            label=label,
+            regions=regions,
             split=split_of(sha256, config.splits),
             annotation=annotation.unique_id,
             task=task.id,

@@ -43,6 +43,11 @@ def inspect(data: bytes) -> ImageInfo:
     return ImageInfo(format=name, width=width, height=height)
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels as a person sees the image, from its header alone. Raises `ImageError`."""
+    return _upright_size(_open(data))
+
+
 def decode(data: bytes, *, width: int, height: int, mode: Literal["L", "RGB"], oversampling: float = 2.0) -> Image.Image:
     """Decode an image file to exactly `width` × `height` pixels, 8 bits a channel, upright.
 

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 import onnxruntime
 
-from labelloop import imaging
+from labelloop import imaging, problem_types
 from labelloop.errors import ModelError
-from labelloop.records import ModelCard
+from labelloop.records import ModelCard, Region
 
 CARD_KEY = "labelloop"
 
@@ -35,6 +35,7 @@ class Model:
             self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.card = msgspec.json.decode(metadata[CARD_KEY], type=ModelCard)
+            self._type = problem_types.of(self.card.problem_type)
         except KeyError:
             raise ModelError(f"the ONNX file has no {CARD_KEY!r} metadata; it was not exported by labelloop") from None
         except msgspec.DecodeError as error:
@@ -48,21 +49,22 @@ class Model:
         image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
         return np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, -1)
 
-    def logits(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Run one image or a batch: [N, height, width, channels] → [N, classes]. Raises `ModelError`."""
+    def run(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Run a batch [N, height, width, channels]: the outputs in the problem type's order. Raises `ModelError`.
+
+        A detector takes one image at a time.
+        """
         try:
-            output: np.ndarray[Any, np.dtype[np.float32]] = self._session.run(["logits"], {"image": pixels})[0]
+            outputs: list[np.ndarray[Any, np.dtype[np.float32]]] = self._session.run(list(self._type.outputs), {"image": pixels})
         except Exception as error:  # onnxruntime raises bare exceptions of its own
             raise ModelError(f"the model does not run: {error}") from error
-        return output
-
-    def classify(self, data: bytes) -> tuple[str, float]:
-        """The likeliest class of an image file and its probability. Raises `ImageError`, `ModelError`."""
-        probabilities = softmax(self.logits(self.pixels(data)[np.newaxis])[0])
-        if not np.isfinite(probabilities).all():
+        if not all(np.isfinite(output).all() for output in outputs):
             raise ModelError("the model's output is not finite")  # Label Studio cannot open a task whose score is no number
-        best = int(probabilities.argmax())
-        return self.card.classes[best], float(probabilities[best])
+        return outputs
+
+    def candidates(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Region]:
+        """All that the model takes into consideration for one image [height, width, channels], best first."""
+        return self._type.candidates([output[0] for output in self.run(pixels[np.newaxis])], self.card)
 
 
 class ModelCache:
@@ -85,10 +87,3 @@ class ModelCache:
             self._models.move_to_end(sha256)
             while len(self._models) > self._capacity:
                 self._models.popitem(last=False)
-
-
-def softmax(logits: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Probabilities along the last axis."""
-    exponentials = np.exp((logits - logits.max(axis=-1, keepdims=True)).astype(np.float64))
-    result: np.ndarray[Any, np.dtype[np.float64]] = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return result

@@ -99,6 +99,8 @@ def training_request(settings: Settings, config: ModelConfig, job: Job, champion
     ]
     if champion is not None:
         channels.append(_channel("champion", f"s3://{bucket}/{champion.onnx}"))
+    if config.architecture.weights_uri is not None:
+        channels.append(_channel("weights", config.architecture.weights_uri))
     return {
         "TrainingJobName": job.job_name,
         "RoleArn": settings.training_role,

@@ -16,62 +16,109 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
+from msgspec import Meta
 
+from labelloop import problem_types
 from labelloop.errors import ConfigError, UnknownModelError
 from labelloop.label_studio.label_config import LabelConfig
+from labelloop.records import BoxRules, ProblemTypeName
 from labelloop.settings import Settings
 
+_STATE_DICT = re.compile(r"s3://[^/]+/.+\.pth?")
 NAME = re.compile(r"[a-z][a-z0-9_]{1,31}")
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-Minutes = Annotated[float, msgspec.Meta(ge=0, le=525_600)]  # a year
-Pixels = Annotated[int, msgspec.Meta(ge=8, le=4096)]
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Size = Meta(ge=8, le=4096)
+Share = Meta(ge=0, lt=1)
+Between = Meta(gt=0, lt=1)
+Count = Meta(ge=1)
+Minutes = Meta(ge=0, le=525_600)  # a year
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+    """A mapping of config.yaml. Docstrings and descriptions are what the JSON schema and a new model's config tell."""
 
 
 class Architecture(Section, frozen=True, kw_only=True):
-    """`model.py` builds the network; `name` says what it is, for people and for MLflow."""
+    """Which network model.py builds and what it starts from."""
 
-    name: str
-    weights: Literal["none"] = "none"
+    name: Annotated[str, Meta(min_length=1, description="a torchvision network, or any name for one of model.py's own")]
+    weights: Annotated[
+        str,
+        Meta(description="what the network starts from: imagenet, coco (detection), none, or s3://bucket/key.pt (a state dict)"),
+    ]
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("none", "imagenet", "coco") and not _STATE_DICT.fullmatch(self.weights):
+            raise ValueError(f"weights {self.weights!r} are none of: none, imagenet, coco, s3://bucket/key.pt")
+
+    @property
+    def weights_uri(self) -> str | None:
+        """The S3 address of the weights, where they lie there."""
+        return self.weights if self.weights.startswith("s3://") else None
 
 
 class Image(Section, frozen=True, kw_only=True):
-    """What the network sees. `oversampling`: a JPEG is decoded at no less than this multiple of the input's size."""
+    """What the network sees; every image is scaled to this size."""
 
-    width: Pixels
-    height: Pixels
-    mode: Literal["L", "RGB"] = "RGB"
-    oversampling: Annotated[float, msgspec.Meta(ge=1, le=8)] = 2.0
+    width: Annotated[int, Size, Meta(description="pixels; larger finds smaller things and costs time in every prediction")]
+    height: Annotated[int, Size, Meta(description="pixels")]
+    mode: Annotated[Literal["L", "RGB"], Meta(description="RGB for colour, L for grey; pretrained networks want RGB")] = "RGB"
+    oversampling: Annotated[
+        float,
+        Meta(ge=1, le=8, description="a JPEG is decoded at no less than this multiple of the input's size; smaller is faster"),
+    ] = 2.0
 
 
 class Hyperparameters(Section, frozen=True, kw_only=True):
-    epochs: Positive
-    batch_size: Positive
-    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=100)]
-    weight_decay: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
-    label_smoothing: Share = 0.0
-    seed: int = 0
+    """How the network is trained."""
+
+    epochs: Annotated[int, Count, Meta(description="passes over the training images")]
+    batch_size: Annotated[int, Count, Meta(description="images a step; less when the training instance runs out of memory")]
+    learning_rate: Annotated[
+        float,
+        Meta(gt=0, le=100, description="largest step size (AdamW); it rises over the first tenth of the steps, then falls to 0"),
+    ]
+    weight_decay: Annotated[
+        float, Meta(ge=0, le=100, description="pull of the weights towards nothing; more against learning by heart")
+    ] = 0.0
+    label_smoothing: Annotated[
+        float, Share, Meta(description="share of a target that goes to the other classes, against annotators' slips; 0 to 0.2")
+    ] = 0.0
+    seed: Annotated[int, Meta(description="the same snapshot with the same seed gives the same network")] = 0
+
+
+class Detection(Section, frozen=True, kw_only=True):
+    """Which of a detector's boxes are shown."""
+
+    score_threshold: Annotated[float, Between, Meta(description="boxes with a lower score are not shown to annotators")] = 0.3
+    iou_threshold: Annotated[
+        float,
+        Between,
+        Meta(description="of two boxes of a class that overlap more than this (intersection over union), the better one stays"),
+    ] = 0.5
+    max_boxes: Annotated[int, Meta(ge=1, le=1000, description="the most boxes of an image")] = 100
 
 
 class LabelStudio(Section, frozen=True, kw_only=True):
-    """The project of the model. A title has at least three characters, which Label Studio demands."""
+    """The Label Studio project."""
 
-    title: Annotated[str, msgspec.Meta(min_length=3, max_length=50)]
-    instructions: str = ""
-    sampling: Literal["Uncertainty sampling", "Uniform sampling", "Sequential sampling"] = "Uncertainty sampling"
+    title: Annotated[
+        str, Meta(min_length=3, max_length=50, description="the project's title, 3 to 50 characters, its own among the models")
+    ]
+    instructions: Annotated[str, Meta(description="what annotators read before they begin; HTML is allowed")] = ""
+    sampling: Annotated[
+        Literal["Uncertainty sampling", "Uniform sampling", "Sequential sampling"],
+        Meta(description="which task comes next: Uncertainty (least certain first), Uniform or Sequential sampling"),
+    ] = "Uncertainty sampling"
 
 
 class Splits(Section, frozen=True, kw_only=True):
-    """Shares of the images; the rest trains. An image's split follows from its content and `seed` alone."""
+    """Shares of the images; the rest trains. An image's split follows from its content and the seed alone."""
 
-    test: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.2
-    validation: Share = 0.1
-    seed: int = 0
+    test: Annotated[float, Between, Meta(description="the holdout, on which versions are compared and never trained")] = 0.2
+    validation: Annotated[float, Share, Meta(description="watched during training, never trained on")] = 0.1
+    seed: Annotated[int, Meta(description="another seed deals the images out anew; older versions then compare with nothing")] = 0
 
     def __post_init__(self) -> None:
         if self.test + self.validation >= 1:
@@ -79,15 +126,17 @@ class Splits(Section, frozen=True, kw_only=True):
 
 
 class Retrain(Section, frozen=True, kw_only=True):
-    """When to train: at each count of annotations in `at`, then whenever the last trained count has grown by `factor`.
+    """When a training starts by itself."""
 
-    `cooldown_minutes` is the least time between two trainings; after a failure `failure_backoff_minutes` doubles with each.
-    """
-
-    at: Annotated[list[Positive], msgspec.Meta(min_length=1)]
-    factor: Annotated[float, msgspec.Meta(gt=1, le=1000)] = 2.0
-    cooldown_minutes: Minutes = 0
-    failure_backoff_minutes: Minutes = 10
+    at: Annotated[list[Annotated[int, Count]], Meta(min_length=1, description="numbers of annotations at which to train, rising")]
+    factor: Annotated[
+        float,
+        Meta(gt=1, le=1000, description="after the last of them: train when the annotations have grown by this factor since"),
+    ] = 2.0
+    cooldown_minutes: Annotated[float, Minutes, Meta(description="least time between two trainings")] = 0
+    failure_backoff_minutes: Annotated[
+        float, Minutes, Meta(description="wait after a failed training; doubles with each further failure")
+    ] = 10
 
     def __post_init__(self) -> None:
         if any(later <= earlier for earlier, later in zip(self.at, self.at[1:], strict=False)):
@@ -95,24 +144,41 @@ class Retrain(Section, frozen=True, kw_only=True):
 
 
 class Training(Section, frozen=True, kw_only=True):
-    """The SageMaker training job."""
+    """The SageMaker training job; a laptop has no instances and ignores it."""
 
-    instance_type: Annotated[str, msgspec.Meta(pattern=r"^ml\.")] = "ml.g5.xlarge"
-    spot: bool = True
-    max_runtime_minutes: Positive = 60
-    volume_gb: Positive = 30
+    instance_type: Annotated[
+        str, Meta(pattern=r"^ml\.", description="SageMaker instance, such as ml.g5.xlarge (one GPU) or ml.m5.xlarge (none)")
+    ] = "ml.g5.xlarge"
+    spot: Annotated[bool, Meta(description="spare capacity: cheaper, may be interrupted and goes on from its checkpoint")] = True
+    max_runtime_minutes: Annotated[int, Count, Meta(description="the job is stopped after so long")] = 60
+    volume_gb: Annotated[int, Count, Meta(description="disk of the training instance")] = 30
 
 
 class Serving(Section, frozen=True, kw_only=True):
-    """`memory_mb` of the predict function, which also decides its share of CPU; the largest of all models counts."""
+    """The predict function."""
 
-    memory_mb: Annotated[int, msgspec.Meta(ge=512, le=10240)] = 1769
+    memory_mb: Annotated[
+        int, Meta(ge=512, le=10240, description="memory, and with it CPU (1769 is one vCPU); the largest of all models counts")
+    ] = 1769
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
-    name: Annotated[str, msgspec.Meta(pattern=f"^{NAME.pattern}$")]
-    problem_type: Literal["classification"]
-    classes: Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=200)]], msgspec.Meta(min_length=2)]
+    """A model of labelloop: all there is to know of it."""
+
+    name: Annotated[
+        str,
+        Meta(
+            pattern=f"^{NAME.pattern}$",
+            description="the folder's name; also in S3 prefixes, job names, MLflow and the backend's address",
+        ),
+    ]
+    problem_type: Annotated[
+        ProblemTypeName,
+        Meta(description="classification: one class an image; multilabel: any number; detection: boxes with a class each"),
+    ]
+    classes: Annotated[
+        list[Name], Meta(min_length=1, description="what annotators choose from, the same as in labeling_template.xml")
+    ]
     architecture: Architecture
     image: Image
     hyperparameters: Hyperparameters
@@ -121,11 +187,30 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     splits: Splits = Splits()
     training: Training = Training()
     serving: Serving = Serving()
+    detection: Detection | None = None
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> list[tuple[str, str]]:
+        """What is wrong between keys that are each right: (key, message)."""
+        found = []
         doubled = sorted({name for name in self.classes if self.classes.count(name) > 1})
         if doubled:
-            raise ValueError(f"classes name {', '.join(doubled)} more than once")
+            found.append(("classes", f"name {', '.join(doubled)} more than once; remove the doubles"))
+        if self.problem_type == "classification" and len(self.classes) < 2:
+            found.append(("classes", "classification chooses between at least two classes; add one, or use multilabel"))
+        if self.problem_type != "detection" and self.detection is not None:
+            found.append(("detection", f"{self.problem_type} has no boxes; remove the section"))
+        if self.problem_type != "detection" and self.architecture.weights == "coco":
+            found.append(("architecture.weights", "coco's are a detector's; use imagenet, none or an address in S3"))
+        if self.problem_type == "detection" and self.hyperparameters.label_smoothing:
+            found.append(("hyperparameters.label_smoothing", "detection does not know it; remove the key"))
+        return found
+
+    @property
+    def box_rules(self) -> BoxRules | None:
+        """How boxes are sifted; None where there are none."""
+        if self.problem_type != "detection":
+            return None
+        return BoxRules(**msgspec.structs.asdict(self.detection or Detection()))
 
     @property
     def images_prefix(self) -> str:
@@ -158,7 +243,7 @@ class ModelFolder:
     def label_config(self) -> LabelConfig:
         """The parsed template; its labels are the config's classes."""
         file = str(self.folder / "labeling_template.xml")
-        label_config = LabelConfig.parse(self.template, where=file)
+        label_config = LabelConfig.parse(self.template, problem_types.of(self.config.problem_type).control, where=file)
         if set(label_config.labels) != set(self.config.classes):
             missing = sorted(set(self.config.classes) - set(label_config.labels))
             extra = sorted(set(label_config.labels) - set(self.config.classes))
@@ -214,10 +299,13 @@ def parse(text: str, *, where: str) -> ModelConfig:
     except yaml.YAMLError as error:
         raise ConfigError(where, f"is not valid YAML: {error}") from error
     try:
-        return msgspec.convert(data, ModelConfig, strict=True)
+        config = msgspec.convert(data, ModelConfig, strict=True)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         raise ConfigError(where, _with_remedy(message), path.strip("`.")) from error
+    for key, problem in config.contradictions():
+        raise ConfigError(where, problem, key)
+    return config
 
 
 def schema() -> dict[str, Any]:
@@ -243,7 +331,7 @@ def _with_remedy(message: str) -> str:
     missing = re.search(r"missing required field `([^`]+)`", message)
     if missing:
         return f"the key {missing[1]!r} is missing; add it"
-    if message.startswith("Expected `str`"):
+    if message.startswith("Expected `str`, got"):
         return f"{message}; put it in quotes"
     return message
 

@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from labelloop import imaging, problem_types
 from labelloop.artifacts import Bucket, Champions, is_plain_key, parse_s3_uri
 from labelloop.errors import ImageError, LabelloopError, LabelStudioError, ModelError, RequestError, StorageError
-from labelloop.imaging import MAX_BYTES
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import (
@@ -28,7 +28,6 @@ from labelloop.label_studio.payloads import (
     PredictResponse,
     PredictTask,
     SetupRequest,
-    choice_result,
     image_address,
 )
 from labelloop.model_config import ModelConfigs
@@ -74,60 +73,77 @@ class Predictor:
         return {"versions": [self.setup(model, b"{}")["model_version"]]}
 
     def predict(self, model: str, body: bytes) -> PredictResponse:
-        """Answer of `POST predict`: an entry for each task; a task that cannot be predicted says why in its own."""
+        """Answer of `POST predict`: an entry for each task; a task that cannot be predicted says why in its own.
+
+        With a context (interactive mode) a detector answers with its best box where the annotator points; the editor wants a
+        result there even when there is none to give.
+        """
         request = _parse(body, PredictRequest)
-        folder = self._configs[model]
+        label_config = self._configs[model].label_config
         tasks = request.tasks or []
+        context = request.params.get("context") if isinstance(request.params, dict) else None
         champion = self._champion(model)
         version = version_string(model, champion.version if champion else None)
         if champion is None or not tasks:
-            return PredictResponse([NotPredicted("no model has been trained yet") for _ in tasks], version)
+            return PredictResponse([_nothing("no model has been trained yet", version, context) for _ in tasks], version)
         onnx = self._load(champion)
         with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
-            fetched = [pool.submit(self._fetch, model, task, folder.label_config) for task in tasks]
+            fetched = [pool.submit(self._fetch, model, task, label_config) for task in tasks]
             with ThreadPoolExecutor(os.cpu_count() or 1) as cores:
                 results = [
-                    cores.submit(self._predict, onnx, version, folder.label_config, task, image.result)
+                    cores.submit(self._predict, onnx, version, label_config, context, task, image.result)
                     for task, image in zip(tasks, fetched, strict=True)
                 ]
                 return PredictResponse([result.result() for result in results], version)
 
     def _predict(
-        self, onnx: Model, version: str, label_config: LabelConfig, task: PredictTask, image: Callable[[], bytes]
+        self,
+        onnx: Model,
+        version: str,
+        label_config: LabelConfig,
+        context: Any,
+        task: PredictTask,
+        image: Callable[[], bytes],
     ) -> Prediction | NotPredicted:
+        problem_type = problem_types.of(onnx.card.problem_type)
         try:
-            label, score = onnx.classify(image())
+            data = image()
+            candidates = onnx.candidates(onnx.pixels(data))
+            regions = problem_type.prompted(context, candidates) if context else None
+            if regions is None:
+                regions = problem_type.chosen(candidates, onnx.card)
+            result = problem_type.result(regions, label_config, imaging.upright_size(data))
         except LabelloopError as error:
             self._log("not predicted", task=task.id, reason=str(error))
-            return NotPredicted(str(error))
-        return Prediction(result=choice_result(label, label_config), score=score, model_version=version)
+            return _nothing(str(error), version, context)
+        return Prediction(result=result, score=problem_type.certainty(candidates, onnx.card), model_version=version)
 
     def _fetch(self, model: str, task: PredictTask, label_config: LabelConfig) -> bytes:
         """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else."""
         address = image_address(task.data, label_config.data_key)
+        if address.startswith("s3://"):
+            return self._fetch_from_bucket(model, address)
         try:
             parts = urlsplit(address)
         except ValueError as error:
             raise ImageError(f"{address!r} is no address: {error}") from error
-        if parts.scheme == "s3":
-            try:
-                bucket, key = parse_s3_uri(address)
-            except ValueError as error:
-                raise ImageError(str(error)) from error
-            prefix = self._configs[model].config.images_prefix
-            if bucket != self._images.name or not key.startswith(prefix) or not is_plain_key(key):
-                raise ImageError(f"{address} lies outside s3://{self._images.name}/{prefix}")
-            return self._read(key, address)
         ours = parts.scheme in ("http", "https") and parts.netloc == self._label_studio_host
         if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path):
             path = parts.path + (f"?{parts.query}" if parts.query else "")
             try:
-                return self._label_studio.download(path, limit=MAX_BYTES)
+                return self._label_studio.download(path, limit=imaging.MAX_BYTES)
             except LabelStudioError as error:
                 raise ImageError(f"{address} cannot be fetched: {error}") from error
         raise ImageError(f"{address} is neither in the model's images nor an upload of Label Studio")
 
-    def _read(self, key: str, address: str) -> bytes:
+    def _fetch_from_bucket(self, model: str, address: str) -> bytes:
+        try:
+            bucket, key = parse_s3_uri(address)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
+        prefix = self._configs[model].config.images_prefix
+        if bucket != self._images.name or not key.startswith(prefix) or not is_plain_key(key):
+            raise ImageError(f"{address} lies outside s3://{self._images.name}/{prefix}")
         try:
             data = self._images.get(key)
         except StorageError as error:
@@ -163,6 +179,10 @@ class Predictor:
                 raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
             self._models.put(champion.sha256, model)
         return model
+
+
+def _nothing(reason: str, version: str, context: Any) -> Prediction | NotPredicted:
+    return Prediction(result=[], score=0.0, model_version=version) if context else NotPredicted(reason)
 
 
 def _is_upload(path: str) -> bool:

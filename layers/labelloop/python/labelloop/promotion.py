@@ -18,7 +18,7 @@ from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ModelError
 from labelloop.ledger import Ledger
-from labelloop.records import Champion, Evaluation, Promotion, Verdict, now
+from labelloop.records import METRIC_TITLES, Champion, Evaluation, Promotion, Verdict, now
 from labelloop.registry import Registry
 
 _MAX_MODEL_BYTES = 2 * 2**30
@@ -27,20 +27,20 @@ _MAX_MODEL_BYTES = 2 * 2**30
 def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict, str]:
     """Promote or keep, and why. `champion_version` serves now; None when nothing does.
 
-    The challenger takes over when its holdout accuracy is not lower than the champion's on the same images.
+    The challenger takes over when its value on the holdout is not lower than the champion's on the same images.
     """
     challenger, champion = evaluation.challenger, evaluation.champion
-    images = len(evaluation.holdout)
+    metric, images = METRIC_TITLES[challenger.metric], len(evaluation.holdout)
     if champion_version is None:
-        return "promote", f"the first version: accuracy {challenger.accuracy:.1%} on {images} holdout images"
+        return "promote", f"the first version: {metric} {challenger.value:.1%} on {images} holdout images"
     if champion is None or champion.version != champion_version:
         compared = f"version {champion.version}" if champion else "no champion"
         return "keep", f"it was compared with {compared}, but version {champion_version} serves now; train again to compare"
-    versus = f"{challenger.accuracy:.1%} against version {champion.version}'s {champion.accuracy:.1%}"
+    versus = f"{challenger.value:.1%} against version {champion.version}'s {champion.value:.1%}"
     comparison = f"{versus} on {images} holdout images"
-    if challenger.accuracy >= champion.accuracy:
-        return "promote", f"not worse: accuracy {comparison}"
-    return "keep", f"worse: accuracy {comparison}"
+    if challenger.value >= champion.value:
+        return "promote", f"not worse: {metric} {comparison}"
+    return "keep", f"worse: {metric} {comparison}"
 
 
 class Promoter:
@@ -97,7 +97,8 @@ class Promoter:
             version=version,
             verdict=verdict,
             reason=reason,
-            accuracy=evaluation.challenger.accuracy,
+            metric=evaluation.challenger.metric,
+            value=evaluation.challenger.value,
             holdout_images=len(evaluation.holdout),
             n_annotations=evaluation.n_annotations,
             decided_at=now(),
@@ -129,7 +130,8 @@ def _refusal(model: str, job_name: str, reason: str) -> Promotion:
         version=0,
         verdict="keep",
         reason=reason,
-        accuracy=0.0,
+        metric=None,
+        value=0.0,
         holdout_images=0,
         n_annotations=0,
         decided_at=now(),
@@ -172,7 +174,8 @@ def _pointer(evaluation: Evaluation) -> Champion:
         version=version,
         onnx=artifacts.onnx_key(evaluation.model, version),
         sha256=evaluation.onnx_sha256,
-        accuracy=evaluation.challenger.accuracy,
+        metric=evaluation.challenger.metric,
+        value=evaluation.challenger.value,
         n_annotations=evaluation.n_annotations,
         promoted_at=now(),
     )

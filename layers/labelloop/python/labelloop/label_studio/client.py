@@ -5,9 +5,11 @@ urllib3 comes with the Lambda runtime; the label-studio-sdk, which the tools use
 
 from __future__ import annotations
 
+import base64
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
@@ -34,6 +36,20 @@ _RETRIES = urllib3.Retry(
 _AS_STORED = {"include": "id,data", "resolve_uri": "false"}
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
 _ADDRESSES = 10  # a filter of that many stays below the 8 KB that web servers take as a URL
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """A task as Label Studio lists it. `annotations` counts skips too.
+
+    `sha256` of the image, and its upright `size` in pixels, are what `ingest` noted; None and (0, 0) where it made no note.
+    """
+
+    id: int
+    image: str
+    sha256: str | None
+    size: tuple[int, int]
+    annotations: int
 
 
 class LabelStudioClient:
@@ -75,7 +91,9 @@ class LabelStudioClient:
             some = addresses[start : start + _ADDRESSES]
             items = [{"filter": f"filter:tasks:data.{data_key}", "operator": "equal", "type": "String", "value": a} for a in some]
             query = {"filters": {"conjunction": "or", "items": items}, "ordering": ["tasks:id"]}
-            parameters = {"project": project, "page_size": 1000, "query": json.dumps(query), **_AS_STORED}
+            # Label Studio decodes a view's percent signs once more than the URL's.
+            view = json.dumps(query).replace("%", "%25")
+            parameters = {"project": project, "page_size": 1000, "query": view, **_AS_STORED}
             answer = self._json("GET", f"/api/tasks?{urlencode(parameters)}")
             found.update(str(task["data"].get(data_key)) for task in answer["tasks"])
         return found
@@ -93,6 +111,22 @@ class LabelStudioClient:
                 return found
             found.update({str(task["data"].get(data_key)): int(task["id"]) for task in tasks})
             last = int(tasks[-1]["id"])
+
+    def tasks_after(self, project: int, last: int, data_key: str, *, limit: int = 500) -> list[KnownTask]:
+        """The next tasks of a project whose ids are greater than `last`, by id; none are left when the list is empty."""
+        after = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last}
+        query = {"filters": {"conjunction": "and", "items": [after]}, "ordering": ["tasks:id"]}
+        fields = {**_AS_STORED, "include": "id,data,meta,total_annotations,cancelled_annotations"}
+        parameters = {"project": project, "page_size": limit, "query": json.dumps(query), **fields}
+        tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
+        return [_known_task(task, data_key) for task in tasks]
+
+    def tasks(self, project: int, data_key: str) -> Iterator[KnownTask]:
+        """All tasks of a project, by id."""
+        last = 0
+        while page := self.tasks_after(project, last, data_key):
+            yield from page
+            last = page[-1].id
 
     def annotate(self, task: int, result: list[dict[str, Any]], *, seconds: float) -> int:
         """Submit an annotation that took `seconds`; its id."""
@@ -116,6 +150,22 @@ class LabelStudioClient:
         """
         change = {name: backend[name] for name in ("project", "url", "auth_method", "basic_auth_user")}
         self._json("PATCH", f"/api/ml/{backend['id']}", {**change, "basic_auth_pass": password, "title": title})
+
+    def signed_in_as(self) -> str:
+        """The e-mail address of the token's owner."""
+        return str(self._json("GET", "/api/current-user/whoami")["email"])
+
+    def presigned_address(self, place: str, address: str) -> str:
+        """Where Label Studio sends a browser that shows the image at an `s3://` address.
+
+        `place` is where it shows it: `tasks/5`, say, or `projects/1`.
+        """
+        encoded = base64.urlsafe_b64encode(address.encode()).decode()
+        answer = self._send("GET", f"/{place}/resolve/?fileuri={encoded}", None, _TIMEOUT, may_redirect=True)
+        location = answer.headers.get("Location")
+        if answer.status != 303 or not location:
+            raise LabelStudioError(f"Label Studio sends no browser to {address} ({answer.status})", status=answer.status)
+        return location
 
     def download(self, path: str, *, limit: int) -> bytes:
         """A file that Label Studio itself holds (`/data/…`), up to `limit` bytes."""
@@ -142,7 +192,14 @@ class LabelStudioClient:
         return bytes(answer.data)
 
     def _send(
-        self, method: str, path: str, body: Any, timeout: urllib3.Timeout, *, preload: bool = True
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        timeout: urllib3.Timeout,
+        *,
+        preload: bool = True,
+        may_redirect: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         try:
             answer = self._http.request(
@@ -156,7 +213,7 @@ class LabelStudioClient:
             )
         except urllib3.exceptions.HTTPError as error:
             raise LabelStudioError(f"Label Studio at {self.url} does not answer: {error}") from error
-        if answer.status >= 300:
+        if answer.status >= (400 if may_redirect else 300):
             text = answer.data[:300].decode(errors="replace")
             raise LabelStudioError(f"Label Studio answered {method} {path} with {answer.status}: {text}", status=answer.status)
         return answer
@@ -179,3 +236,14 @@ class LabelStudioClient:
                 raise LabelStudioError(f"Label Studio at {self.url} gave no access token for the personal one") from error
             self._access = (access, time.monotonic() + _ACCESS_TOKEN_SECONDS)
         return f"Bearer {self._access[0]}"
+
+
+def _known_task(task: dict[str, Any], data_key: str) -> KnownTask:
+    meta = task.get("meta") or {}
+    return KnownTask(
+        id=int(task["id"]),
+        image=str(task["data"].get(data_key) or ""),
+        sha256=meta.get("sha256"),
+        size=(int(meta.get("width") or 0), int(meta.get("height") or 0)),
+        annotations=int(task["total_annotations"]) + int(task["cancelled_annotations"]),
+    )

@@ -6,12 +6,11 @@ from typing import Any
 
 import msgspec
 
-from labelloop.errors import AnnotationError, ImageError
-from labelloop.label_studio.label_config import LabelConfig
+from labelloop.errors import ImageError
 
 
 class Annotation(msgspec.Struct, frozen=True):
-    """An annotation; `result` is its list of regions."""
+    """An annotation; `result` is its list of regions, an empty one where the annotator found nothing."""
 
     id: int
     unique_id: str = ""
@@ -30,8 +29,8 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
 
     @property
     def latest(self) -> Annotation | None:
-        """The annotation that counts: the one changed last, skips aside."""
-        return max((a for a in self.annotations if not a.was_cancelled and a.result), key=lambda a: a.updated_at, default=None)
+        """The annotation that counts: the one changed last, skips aside. An empty one says that there is nothing in the image."""
+        return max((a for a in self.annotations if not a.was_cancelled), key=lambda a: a.updated_at, default=None)
 
     def image(self, data_key: str) -> str:
         """The image's address. Raises `ImageError` when the task has none."""
@@ -98,28 +97,3 @@ def image_address(data: Any, data_key: str) -> str:
     if not isinstance(address, str) or not address:
         raise ImageError(f"the task has no image under {data_key!r}")
     return address
-
-
-def choice_result(label: str, label_config: LabelConfig) -> list[dict[str, Any]]:
-    """A class as the result of a prediction or an annotation."""
-    return [
-        {
-            "from_name": label_config.from_name,
-            "to_name": label_config.to_name,
-            "type": "choices",
-            "value": {"choices": [label]},
-        }
-    ]
-
-
-def chosen_label(annotation: Annotation, label_config: LabelConfig) -> str:
-    """The class that an annotation chose. Raises `AnnotationError` when it is not exactly one."""
-    chosen = [
-        label
-        for region in annotation.result or []
-        if region.get("from_name") == label_config.from_name and region.get("type") == "choices"
-        for label in (region.get("value") or {}).get("choices") or []
-    ]
-    if len(chosen) != 1:
-        raise AnnotationError(f"{len(chosen)} classes are chosen instead of one")
-    return str(chosen[0])

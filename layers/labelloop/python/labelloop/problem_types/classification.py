@@ -1,0 +1,82 @@
+"""Classification: exactly one class an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from labelloop.errors import AnnotationError
+from labelloop.label_studio.label_config import Control, LabelConfig
+from labelloop.label_studio.payloads import Annotation
+from labelloop.records import Metric, ModelCard, ProblemTypeName, Region
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Classification:
+    name: ProblemTypeName = "classification"
+    metric: Metric = "accuracy"
+    outputs = ("logits",)
+    control = Control(
+        tag="Choices",
+        item="Choice",
+        kind="choices",
+        attribute="choice",
+        allowed=("single", "single-radio"),
+        default="single",
+        otherwise="takes several classes",
+    )
+
+    def annotated(self, annotation: Annotation, label_config: LabelConfig) -> list[Region]:
+        labels = chosen_labels(annotation, label_config)
+        if len(labels) != 1:
+            raise AnnotationError(f"{len(labels)} classes are chosen instead of one")
+        return [Region(label=labels[0])]
+
+    def result(self, regions: Sequence[Region], label_config: LabelConfig, size: tuple[int, int]) -> list[dict[str, Any]]:
+        return choices_result(regions, label_config)
+
+    def candidates(self, outputs: Sequence[np.ndarray[Any, Any]], card: ModelCard) -> list[Region]:
+        """Every class with its softmax probability."""
+        import numpy as np
+
+        (logits,) = outputs
+        exponentials = np.exp((logits - logits.max()).astype(np.float64))
+        probabilities = exponentials / exponentials.sum()
+        order = np.argsort(-probabilities, kind="stable")
+        return [Region(label=card.classes[number], score=float(probabilities[number])) for number in order]
+
+    def chosen(self, candidates: Sequence[Region], card: ModelCard) -> list[Region]:
+        return list(candidates[:1])
+
+    def certainty(self, candidates: Sequence[Region], card: ModelCard) -> float:
+        """The likeliest class's probability."""
+        return candidates[0].score or 0.0
+
+    def prompted(self, context: Any, candidates: Sequence[Region]) -> None:
+        return None
+
+
+def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str]:
+    """The choices of an annotation's control tag."""
+    return [
+        str(label)
+        for region in annotation.result or []
+        if region.get("from_name") == label_config.from_name and region.get("type") == "choices"
+        for label in (region.get("value") or {}).get("choices") or []
+    ]
+
+
+def choices_result(regions: Sequence[Region], label_config: LabelConfig) -> list[dict[str, Any]]:
+    """Classes as Label Studio's result; none of them is an empty one."""
+    if not regions:
+        return []
+    return [
+        {
+            "from_name": label_config.from_name,
+            "to_name": label_config.to_name,
+            "type": "choices",
+            "value": {"choices": [region.label for region in regions]},
+        }
+    ]

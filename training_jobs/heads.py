@@ -1,0 +1,190 @@
+"""The outputs that serve, taken from a network: float32 `[N, channels, height, width]` between 0 and 1 → ONNX outputs.
+
+torchvision's detectors end in a non-maximum suppression of their own and in lists of boxes; here their own parts are put
+together up to the boxes and scores before it, which labelloop.problem_types.detection sifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import clip_boxes_to_image, nms
+
+from labelloop.errors import ConfigError
+
+type Outputs = list[np.ndarray[Any, np.dtype[np.float32]]]
+
+_ALIKE = 95  # percent of the proposals that have to be the same
+
+
+class Heads(nn.Module):
+    """`at_once`: so many images a run, which a loop over many should take."""
+
+    at_once = 256
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def difference(self, ours: Sequence[Outputs], theirs: Sequence[Outputs]) -> float:
+        """Largest difference between two sets of runs, relative to the largest value of each output."""
+        pairs = zip(_by_output(ours), _by_output(theirs), strict=True)
+        return max(float(np.abs(one - other).max() / _scale(one)) for one, other in pairs)
+
+
+class Logits(Heads):
+    """→ logits `[N, classes]`"""
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.network(images),)
+
+
+class Anchors(Heads):
+    """SSD, RetinaNet or FCOS: one image → boxes `[1, anchors, 1, 4]`, scores `[1, anchors, classes]`."""
+
+    at_once = 1
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        detector: Any = self.network
+        batch, size = _prepared(detector, images)
+        features = list(_features(detector, batch).values())
+        found = detector.head(features)
+        anchors = detector.anchor_generator(batch, features)[0]
+        boxes = self._decode(found["bbox_regression"][0], anchors)
+        scores = self._scores({name: output[0] for name, output in found.items()})
+        return _shares(clip_boxes_to_image(boxes, size), size)[None, :, None], scores[None, :, 1:]
+
+    def _decode(self, codes: Tensor, anchors: Tensor) -> Tensor:
+        detector: Any = self.network
+        decode = detector.box_coder.decode if isinstance(detector, FCOS) else detector.box_coder.decode_single
+        boxes: Tensor = decode(codes, anchors)
+        return boxes
+
+    def _scores(self, found: dict[str, Tensor]) -> Tensor:
+        """`[anchors, classes + 1]`, the first of them the background's, as their own postprocessing reckons them."""
+        logits = found["cls_logits"]
+        if isinstance(self.network, SSD):
+            return functional.softmax(logits, dim=-1)
+        if isinstance(self.network, FCOS):
+            return torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(found["bbox_ctrness"]))
+        return torch.sigmoid(logits)
+
+
+class Proposals(Heads):
+    """Faster R-CNN: one image → boxes `[1, proposals, classes, 4]`, scores `[1, proposals, classes]`.
+
+    The suppression among the proposals stays in the graph. There are always as many: those that it takes away score nothing.
+    """
+
+    at_once = 1
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        detector: Any = self.network
+        batch, size = _prepared(detector, images)
+        features = _features(detector, batch)
+        proposals, real = self._proposals(batch, features, size)
+        regions = detector.roi_heads
+        logits, codes = regions.box_predictor(regions.box_head(regions.box_roi_pool(features, [proposals], [size])))
+        boxes = clip_boxes_to_image(regions.box_coder.decode(codes, [proposals]), size)
+        scores = functional.softmax(logits, dim=-1) * real[:, None].to(logits.dtype)
+        return _shares(boxes, size)[None, :, 1:], scores[None, :, 1:]
+
+    def _proposals(self, batch: ImageList, features: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The best boxes of the first stage `[proposals, 4]`, and which of them its suppression leaves."""
+        stage: Any = self.network.rpn
+        maps = list(features.values())
+        levels, codes = stage.head(maps)
+        sizes = [level[0].numel() for level in levels]
+        objectness, codes = concat_box_prediction_layers(levels, codes)
+        boxes = stage.box_coder.decode(codes, stage.anchor_generator(batch, maps)).view(-1, 4).split(sizes)
+        probabilities = torch.split(torch.sigmoid(objectness).view(-1), sizes)
+        best = [level.topk(min(stage.pre_nms_top_n(), len(level))) for level in probabilities]
+        proposals = clip_boxes_to_image(torch.cat([box[top.indices] for box, top in zip(boxes, best, strict=True)]), size)
+        scores = torch.cat([top.values for top in best])
+        apart = torch.cat([torch.full_like(top.values, number) for number, top in enumerate(best)]) * (max(size) + 1)
+
+        least = torch.tensor(stage.min_size, dtype=proposals.dtype, device=proposals.device)
+        possible = ((proposals[:, 2:] - proposals[:, :2]) >= least).all(dim=1) & (scores >= stage.score_thresh)
+        scores = torch.where(possible, scores, -1.0)  # they come last, and so suppress none of the others
+        left = nms(proposals + apart[:, None], scores, stage.nms_thresh)  # one level's do not touch another's
+        scores = torch.where(torch.zeros_like(scores).index_fill(0, left, 1.0) > 0, scores, -1.0)
+        first = scores.topk(min(stage.post_nms_top_n(), len(scores)))
+        return proposals[first.indices], first.values >= 0
+
+    def difference(self, ours: Sequence[Outputs], theirs: Sequence[Outputs]) -> float:
+        """How far each proposal of ours is from the nearest of theirs, with all of its boxes and scores; the 95th percentile.
+
+        Proposals come in the order of their scores, and two that overlap by just the threshold may keep or lose one of them
+        to the last digit of a float: that is no difference of the networks.
+        """
+        scales = [_scale(output) for output in _by_output(ours)]
+        distances = np.concatenate([_distances(one, other, scales) for one, other in zip(ours, theirs, strict=True)])
+        return float(np.percentile(distances, _ALIKE)) if len(distances) else 0.0
+
+
+def detector(network: nn.Module) -> Heads:
+    """The heads of one of torchvision's detectors. Raises `ConfigError` for any other network."""
+    if isinstance(network, SSD | RetinaNet | FCOS):
+        return Anchors(network)
+    if isinstance(network, FasterRCNN):
+        return Proposals(network)
+    raise ConfigError(
+        "model.py",
+        f"build_model gives a {type(network).__name__}; for detection it has to be torchvision's SSD, RetinaNet, FCOS or "
+        "FasterRCNN, or a class made from one of them",
+    )
+
+
+def _prepared(detector: Any, images: Tensor) -> tuple[ImageList, tuple[int, int]]:
+    """The image as the detector's own transform normalises and pads it, with its height and width before padding."""
+    batch, _ = detector.transform([images[0]])
+    size = (int(images.shape[2]), int(images.shape[3]))
+    if tuple(batch.image_sizes[0]) != size:
+        raise ConfigError(
+            "model.py",
+            "the detector resizes its images; pin its transform to the config's size with "
+            "fixed_size=(config.image.width, config.image.height)",
+        )
+    return batch, size
+
+
+def _features(detector: Any, batch: ImageList) -> dict[str, Tensor]:
+    features = detector.backbone(batch.tensors)
+    return {"0": features} if isinstance(features, Tensor) else features
+
+
+def _shares(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes `[…, 4]` in pixels as shares of the image."""
+    height, width = size
+    return boxes / torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
+
+
+def _by_output(runs: Sequence[Outputs]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    return [np.concatenate(outputs) for outputs in zip(*runs, strict=True)]
+
+
+def _scale(output: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(output).max().clip(min=1e-12))
+
+
+def _distances(ours: Outputs, theirs: Outputs, scales: Sequence[float]) -> np.ndarray[Any, Any]:
+    """For each row of ours that scores at all the largest difference to the nearest row of theirs."""
+
+    def rows(outputs: Outputs) -> np.ndarray[Any, Any]:
+        scoring = outputs[1][0].max(axis=1) > 0
+        parts = zip(outputs, scales, strict=True)
+        return np.concatenate([(output[0] / scale).reshape(len(scoring), -1)[scoring] for output, scale in parts], axis=1)
+
+    one, other = rows(ours), rows(theirs)
+    if not len(other):
+        return np.ones(len(one))
+    return np.array([np.abs(other - row).max(axis=1).min() for row in one])

@@ -1,0 +1,69 @@
+"""What the training job asks of a problem type: one file each, `classification`, `multilabel` and `detection`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from labelloop.model_config import ModelConfig
+from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region, Scores
+from training_jobs.classification import Classification
+from training_jobs.detection import Detection
+from training_jobs.heads import Heads
+from training_jobs.multilabel import Multilabel
+
+type Augment = Callable[..., Any]  # of model.py; classification and multilabel: batch → batch, detection: image, target → both
+
+
+class Loss(Protocol):
+    """The loss on the examples that it was made for."""
+
+    def __call__(self, network: nn.Module, images: Tensor, examples: Tensor) -> Tensor:
+        """Mean loss of a batch: images float32 `[N, channels, height, width]` between 0 and 1, and their numbers, int64 `[N]`."""
+        ...
+
+
+class Problem(Protocol):
+    @property
+    def exact(self) -> bool:
+        """Whether to ask torch, on a GPU, for nothing but what repeats itself exactly."""
+        ...
+
+    def loss(self, rows: Sequence[ManifestRow], config: ModelConfig, augment: Augment) -> Loss:
+        """The loss on the images of `rows`, in their order; it changes the images as `augment` says."""
+        ...
+
+    def heads(self, network: nn.Module) -> Heads:
+        """The network with the outputs that serve. Raises `ConfigError` when they cannot be had from it."""
+        ...
+
+    def kept(self, candidates: Sequence[Region], card: ModelCard) -> list[Region]:
+        """What scores are reckoned from, and the evaluation report keeps."""
+        ...
+
+    def scores(
+        self, rows: Sequence[ManifestRow], found: Sequence[Sequence[Region]], classes: Sequence[str], version: int
+    ) -> Scores:
+        """The metric over images, from what annotators said of each and what was kept of the model's candidates.
+
+        `rows` have regions, at least one of them. A label that is none of `classes` (an older model's) is wrong.
+        """
+        ...
+
+    def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
+        """Files about the result, for MLflow: the numbers and a picture."""
+        ...
+
+
+_PROBLEMS: dict[ProblemTypeName, Problem] = {
+    "classification": Classification(),
+    "multilabel": Multilabel(),
+    "detection": Detection(),
+}
+
+
+def of(name: ProblemTypeName) -> Problem:
+    return _PROBLEMS[name]
