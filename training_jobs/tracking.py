@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient, is_tracking_uri_set
 
 from labelloop.errors import LabelloopError, RegistryError, SettingsError
@@ -89,7 +89,7 @@ class Run:
                 return int(known[0].version)
             try:
                 self._client.create_registered_model(self._job.model)
-            except RestException as error:
+            except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             text = {key: str(value) for key, value in tags.items()}
