@@ -253,7 +253,7 @@ class Annotator:
         self._label_studio, self._label_config = deployment.label_studio, folder.label_config
         self._problem_type = problem_types.of(folder.config.problem_type)
         self._data = dict(zip(_addresses(deployment, folder, data), data, strict=True))
-        self.tasks = sorted(self._label_studio.images(project, folder.label_config.data_key).items())
+        self.tasks = sorted((task.image, task.id) for task in self._label_studio.tasks(project, folder.label_config.data_key))
         random.Random(0).shuffle(self.tasks)
         self.annotated = 0
 

@@ -102,6 +102,15 @@ def wait_for[T](look: Callable[[], T | None], seconds: float, what: str) -> T:
     pytest.fail(f"{what}: not within {seconds} s")
 
 
+def connect(home: Path, patch: pytest.MonkeyPatch) -> Deployment:
+    """The deployment in `home`; the environment that leads clients to it is taken back with `patch`."""
+    addresses = LaptopStack.running(home)
+    assert addresses is not None
+    for name, value in addresses.aws_environment().items():
+        patch.setenv(name, value)
+    return Deployment.on_laptop(addresses)
+
+
 @pytest.fixture(scope="session")
 def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's digits with fewer annotations to train at, and a second model beside it."""

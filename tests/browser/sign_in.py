@@ -11,6 +11,9 @@ from playwright.sync_api import Page, sync_playwright
 from local.stack import Addresses
 from tests.browser import chromium
 
+# What the editor would submit now.
+REGIONS = "() => window.Htx?.annotationStore?.selected?.serializeAnnotation?.() ?? []"
+
 
 @contextmanager
 def signed_in(addresses: Addresses) -> Iterator[Page]:

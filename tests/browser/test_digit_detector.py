@@ -17,9 +17,8 @@ from labelloop.model_config import ModelConfigs
 from labelloop.problem_types import of
 from labelloop.problem_types.detection import iou
 from labelloop.records import Region
-from tests.browser.sign_in import signed_in
-from tests.browser.test_new_models import REGIONS, connect
-from tests.laptop import wait_for
+from tests.browser.sign_in import REGIONS, signed_in
+from tests.laptop import connect, wait_for
 
 ARTIFACTS = Path("test-artifacts")
 

@@ -27,8 +27,8 @@ from labelloop.artifacts import s3_uri
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.problem_types.detection import iou
 from labelloop.records import ProblemTypeName, Promotion
-from tests.browser.sign_in import signed_in
-from tests.laptop import wait_for
+from tests.browser.sign_in import REGIONS, signed_in
+from tests.laptop import connect, wait_for
 from tests.training.models import COLOURS, rectangles
 
 MODELS: dict[str, ProblemTypeName] = {"swatches": "classification", "palettes": "multilabel", "patches": "detection"}
@@ -59,7 +59,7 @@ class Laptop:
 
     def images(self, model: str) -> dict[str, int]:
         """Image address → task."""
-        return self.deployment.label_studio.images(self.project(model), "image")
+        return {task.image: task.id for task in self.deployment.label_studio.tasks(self.project(model), "image")}
 
     def address(self, model: str, example: Example) -> str:
         return s3_uri(self.deployment.images.name, f"images/{model}/{example.name}")
@@ -155,17 +155,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
         run(configs, "down", "--home", str(home), "--erase")
 
 
-def connect(home: Path, patch: pytest.MonkeyPatch) -> Deployment:
-    """The deployment in `home`; the environment that leads clients to it is taken back with `patch`."""
-    from local.stack import LaptopStack
-
-    addresses = LaptopStack.running(home)
-    assert addresses is not None
-    for name, value in addresses.aws_environment().items():
-        patch.setenv(name, value)
-    return Deployment.on_laptop(addresses)
-
-
 def upload(laptop: Laptop, model: str, folder: Path) -> None:
     """Images, those with a class first where people knew it; then an annotator brings the model to both trainings."""
     data = data_of(model)
@@ -227,10 +216,6 @@ def test_the_second_version_is_what_the_annotator_sees(laptop: Laptop, model: st
     for shown, answered in zip(found, expected, strict=True):
         for key, value in answered["value"].items():
             assert shown["value"][key] == (pytest.approx(value, abs=0.01) if isinstance(value, float) else value), key
-
-
-# What the editor would submit now.
-REGIONS = "() => window.Htx?.annotationStore?.selected?.serializeAnnotation?.() ?? []"
 
 
 def prediction(laptop: Laptop, model: str, image: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from tests.laptop import FIRST, Loop, wait_for
 
 
 def test_every_image_became_one_task(loop: Loop) -> None:
-    images = loop.deployment.label_studio.images(loop.project, "image")
+    images = [task.image for task in loop.deployment.label_studio.tasks(loop.project, "image")]
     assert sorted(images) == sorted(loop.address(digit) for digit in loop.data)
     assert loop.deployment.label_studio.counts(loop.project)["tasks"] == len(loop.data)
 
@@ -232,7 +232,10 @@ def test_an_unknown_class_is_left_out_and_counted(loop: Loop, first_version: Pro
     _, task = loop.annotator.tasks[-2]
     eleven = problem_types.of("classification").result([Region(label="eleven")], loop.folder.label_config, (8, 8))
     loop.deployment.label_studio.annotate(task, eleven, seconds=1)
+    loop.annotate_more(1)  # without anything new to learn there is no new snapshot
     loop.webhook("START_TRAINING")
+    reason = "the class 'eleven' is not in config.yaml"
+    wait_for(lambda: read_status(loop.deployment, loop.folder).left_out.get(reason) == 1, 120, "the status names the class")
     _wait_until_idle(loop, "RetrainQueue")
     head = loop.deployment.ledger.head(loop.model)
     newest = head.running.snapshot if head.running else loop.deployment.ledger.trainings(loop.model)[-1].job.snapshot

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from labelloop.errors import ImageError, ModelError
 from labelloop.inference import Model, ModelCache
-from tests.examples import DIGITS, brightness_model, model_card, png
+from labelloop.records import ModelCard
+from tests.examples import DIGITS, brightness_model, model_card, png, quadrant_model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,14 @@ def test_a_model_that_computes_no_number_is_a_model_error() -> None:
     broken = Model(brightness_model(sharpness=float("nan")))
     with pytest.raises(ModelError, match="not finite"):
         broken.candidates(broken.pixels(png(3)))
+
+
+def test_a_detector_that_does_not_say_how_its_boxes_are_sifted_is_refused() -> None:
+    file = onnx.load_model_from_string(quadrant_model("spots", ["spot"]))
+    card = msgspec.json.decode(file.metadata_props[0].value, type=ModelCard)
+    file.metadata_props[0].value = msgspec.json.encode(msgspec.structs.replace(card, boxes=None)).decode()
+    with pytest.raises(ModelError, match="how its boxes are sifted"):
+        Model(file.SerializeToString())
 
 
 def test_pixels_of_another_shape_are_a_model_error(model: Model) -> None:

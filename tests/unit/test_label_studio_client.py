@@ -94,7 +94,6 @@ CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "counts": lambda client: client.counts(1),
     "annotated_tasks": lambda client: client.annotated_tasks(1),
     "find_images": lambda client: client.find_images(1, ["s3://b/k"], "image"),
-    "images": lambda client: client.images(1, "image"),
     "tasks_after": lambda client: client.tasks_after(1, 0, "image"),
     "tasks": lambda client: list(client.tasks(1, "image")),
     "signed_in_as": lambda client: client.signed_in_as(),
@@ -204,7 +203,8 @@ def test_images_are_looked_up_in_requests_that_a_web_server_takes(server: Record
 
 
 def test_all_images_are_listed_by_id_as_they_are_stored(server: RecordingServer, client: LabelStudioClient) -> None:
-    tasks = [{"id": number, "data": {"image": f"s3://b/{number}"}} for number in (3, 5, 8, 13, 21)]
+    counts = {"total_annotations": 0, "cancelled_annotations": 0}
+    tasks = [{"id": number, "data": {"image": f"s3://b/{number}"}, **counts} for number in (3, 5, 8, 13, 21)]
 
     def answer(request: Request) -> Answer:
         asked = query(request)
@@ -215,7 +215,8 @@ def test_all_images_are_listed_by_id_as_they_are_stored(server: RecordingServer,
         return Answer(body={"tasks": [task for task in tasks if int(str(task["id"])) > after["value"]][:2]})
 
     server.answer = answer
-    assert client.images(1, "image") == {f"s3://b/{number}": number for number in (3, 5, 8, 13, 21)}
+    found = {task.image: task.id for task in client.tasks(1, "image")}
+    assert found == {f"s3://b/{number}": number for number in (3, 5, 8, 13, 21)}
     assert len(server.requests) == 4
 
 

@@ -36,6 +36,10 @@ class Model:
             metadata = self._session.get_modelmeta().custom_metadata_map
             self.card = msgspec.json.decode(metadata[CARD_KEY], type=ModelCard)
             self._type = problem_types.of(self.card.problem_type)
+            if self.card.problem_type == "detection" and self.card.boxes is None:
+                raise ModelError("the detector's card does not say how its boxes are sifted")
+        except ModelError:
+            raise
         except KeyError:
             raise ModelError(f"the ONNX file has no {CARD_KEY!r} metadata; it was not exported by labelloop") from None
         except msgspec.DecodeError as error:

@@ -98,20 +98,6 @@ class LabelStudioClient:
             found.update(str(task["data"].get(data_key)) for task in answer["tasks"])
         return found
 
-    def images(self, project: int, data_key: str) -> dict[str, int]:
-        """Every task of a project: image address → task id. Paged by id, since page numbers drift while tasks come in."""
-        found: dict[str, int] = {}
-        last = 0
-        while True:
-            after = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last}
-            query = {"filters": {"conjunction": "and", "items": [after]}, "ordering": ["tasks:id"]}
-            parameters = {"project": project, "page_size": 500, "query": json.dumps(query), **_AS_STORED}
-            tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
-            if not tasks:
-                return found
-            found.update({str(task["data"].get(data_key)): int(task["id"]) for task in tasks})
-            last = int(tasks[-1]["id"])
-
     def tasks_after(self, project: int, last: int, data_key: str, *, limit: int = 500) -> list[KnownTask]:
         """The next tasks of a project whose ids are greater than `last`, by id; none are left when the list is empty."""
         after = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last}
@@ -122,7 +108,7 @@ class LabelStudioClient:
         return [_known_task(task, data_key) for task in tasks]
 
     def tasks(self, project: int, data_key: str) -> Iterator[KnownTask]:
-        """All tasks of a project, by id."""
+        """All tasks of a project, by id: page numbers would drift while tasks come in."""
         last = 0
         while page := self.tasks_after(project, last, data_key):
             yield from page

@@ -12,12 +12,11 @@ from labelloop.errors import ConfigError
 class Control:
     """The control tag that a problem type is annotated with, and the attribute that it cannot do without.
 
-    `kind` is the type of its regions in a result. An absent attribute counts as Label Studio's `default`.
+    An absent attribute counts as Label Studio's `default`.
     """
 
     tag: str
     item: str  # the tag of a class inside it
-    kind: str
     attribute: str
     allowed: tuple[str, ...]
     default: str

@@ -14,19 +14,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+def choices(allowed: tuple[str, ...], *, otherwise: str) -> Control:
+    """A `<Choices>` tag with one of these values of `choice`."""
+    return Control(tag="Choices", item="Choice", attribute="choice", allowed=allowed, default="single", otherwise=otherwise)
+
+
 class Classification:
     name: ProblemTypeName = "classification"
     metric: Metric = "accuracy"
     outputs = ("logits",)
-    control = Control(
-        tag="Choices",
-        item="Choice",
-        kind="choices",
-        attribute="choice",
-        allowed=("single", "single-radio"),
-        default="single",
-        otherwise="takes several classes",
-    )
+    control = choices(("single", "single-radio"), otherwise="takes several classes")
 
     def annotated(self, annotation: Annotation, label_config: LabelConfig) -> list[Region]:
         labels = chosen_labels(annotation, label_config)

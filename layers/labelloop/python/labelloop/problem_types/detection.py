@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FLOOR = 0.05  # score under which a box is not considered, as in COCO's evaluations
 _UPRIGHT = 0.01  # degrees
+_KIND = "rectanglelabels"  # of the regions, and the key of their classes
 
 
 class Detection:
@@ -28,7 +29,6 @@ class Detection:
     control = Control(
         tag="RectangleLabels",
         item="Label",
-        kind="rectanglelabels",
         attribute="canRotate",
         allowed=("false",),
         default="true",
@@ -40,7 +40,7 @@ class Detection:
         return [
             _rectangle(region)
             for region in annotation.result or []
-            if region.get("from_name") == label_config.from_name and region.get("type") == self.control.kind
+            if region.get("from_name") == label_config.from_name and region.get("type") == _KIND
         ]
 
     def result(self, regions: Sequence[Region], label_config: LabelConfig, size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -49,11 +49,11 @@ class Detection:
             {
                 "from_name": label_config.from_name,
                 "to_name": label_config.to_name,
-                "type": self.control.kind,
+                "type": _KIND,
                 "original_width": width,
                 "original_height": height,
                 "image_rotation": 0,
-                "value": {**_percent(region.box), "rotation": 0, self.control.kind: [region.label]},
+                "value": {**_percent(region.box), "rotation": 0, _KIND: [region.label]},
                 **({} if region.score is None else {"score": region.score}),
             }
             for region in regions
@@ -155,7 +155,7 @@ def _percent(box: Box) -> dict[str, float]:
 
 def _rectangle(region: dict[str, Any]) -> Region:
     value = region.get("value") or {}
-    labels = value.get("rectanglelabels") or []
+    labels = value.get(_KIND) or []
     if len(labels) != 1:
         raise AnnotationError(f"a rectangle has {len(labels)} classes instead of one")
     turned = _number(value.get("rotation", 0)) % 360
@@ -188,7 +188,7 @@ def _prompt(context: Any) -> tuple[str | None, Box]:
         value = region.get("value") if isinstance(region, dict) else None
         if not isinstance(value, dict):
             continue
-        labels = value.get("rectanglelabels") or value.get("keypointlabels") or []
+        labels = value.get(_KIND) or value.get("keypointlabels") or []
         label = str(labels[0]) if isinstance(labels, list) and labels else None
         try:
             if str(region.get("type")).startswith("keypoint"):

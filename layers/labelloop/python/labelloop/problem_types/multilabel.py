@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from labelloop.errors import AnnotationError
-from labelloop.label_studio.label_config import Control, LabelConfig
+from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import Annotation
-from labelloop.problem_types.classification import choices_result, chosen_labels
+from labelloop.problem_types.classification import choices, choices_result, chosen_labels
 from labelloop.records import Metric, ModelCard, ProblemTypeName, Region
 
 if TYPE_CHECKING:
@@ -21,15 +21,7 @@ class Multilabel:
     name: ProblemTypeName = "multilabel"
     metric: Metric = "f1"
     outputs = ("logits",)
-    control = Control(
-        tag="Choices",
-        item="Choice",
-        kind="choices",
-        attribute="choice",
-        allowed=("multiple",),
-        default="single",
-        otherwise="takes one class only",
-    )
+    control = choices(("multiple",), otherwise="takes one class only")
 
     def annotated(self, annotation: Annotation, label_config: LabelConfig) -> list[Region]:
         labels = chosen_labels(annotation, label_config)
