@@ -260,12 +260,14 @@ def _network_problems(folder: ModelFolder) -> Iterator[ConfigError]:
 
 
 def _try_classifier(config: ModelConfig, network: nn.Module, augment: Callable[[Tensor], Tensor], file: str) -> None:
-    """Images to logits, and images to images. Raises `ConfigError`."""
+    """Images to logits and embeddings, and images to images. Raises `ConfigError`."""
     import torch
+
+    from training_jobs.heads import Logits
 
     images = torch.rand(_IMAGES, _channels(config), config.image.height, config.image.width)
     with torch.inference_mode():
-        logits = network.eval()(images)
+        logits, _ = Logits(network).eval().examine(images)
         changed = augment(images.clone())
     wanted = (_IMAGES, len(config.classes))
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != wanted:

@@ -283,18 +283,34 @@ def ask_about_holdout(deployment: Deployment, folder: ModelFolder, data: Sequenc
     from training_jobs import problem  # torch takes seconds to import, and the other commands do without it
 
     config = folder.config
-    holdout = [example for example in data if split_of(example.sha256, config.splits) == "test"]
+    groups = groups_of(deployment, folder)
+    holdout = [example for example in data if split_of(groups[example.sha256], config.splits) == "test"]
     addresses = _addresses(deployment, folder, holdout)
     access, http = deployment.backend(config.name), urllib3.PoolManager(timeout=60)
     found: list[list[Region]] = []
     for start in range(0, len(holdout), _TASKS_A_REQUEST):
         found += _predicted(http, access, addresses[start : start + _TASKS_A_REQUEST], folder)
     rows = [
-        ManifestRow(image=address, sha256=example.sha256, regions=example.truth, split="test", annotation="", task=0)
+        ManifestRow(
+            image=address,
+            sha256=example.sha256,
+            group=groups[example.sha256],
+            regions=example.truth,
+            split="test",
+            annotation="",
+            task=0,
+        )
         for address, example in zip(addresses, holdout, strict=True)
     ]
     scores = problem.of(config.problem_type).scores(rows, found, config.classes, version=0)
     return Served(holdout, found, scores.value)
+
+
+def groups_of(deployment: Deployment, folder: ModelFolder) -> dict[str, str]:
+    """The content group of every image that is a task, both by SHA-256; it decides the image's split."""
+    project = deployment.ledger.project(folder.config.name)
+    tasks = deployment.label_studio.tasks(project, folder.label_config.data_key)
+    return {task.sha256: task.group for task in tasks if task.sha256 and task.group}
 
 
 def _addresses(deployment: Deployment, folder: ModelFolder, data: Sequence[Example]) -> list[str]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.deployment import BackendAccess, Deployment
-from cli.label_studio_project import CONNECTED, ModelProject, differences, label_studio_errors
+from cli.label_studio_project import CONNECTED, QUEUE_TAB, ModelProject, differences, label_studio_errors
 from labelloop import imaging
 from labelloop.errors import LabelloopError, LabelStudioError
 from labelloop.label_studio.client import KnownTask
@@ -78,6 +78,7 @@ class _Examination:
         self._check("token", self._token, "Label Studio")
         self._check("project", self._project, "token")
         self._check("settings", self._settings, "project")
+        self._check("queue", self._queue, "project")
         self._check("image storage", self._storage, "project")
         self._check("webhook", self._webhook, "project")
         self._check("ML backend", self._backend, "project")
@@ -146,6 +147,11 @@ class _Examination:
         if wrong:
             raise _Failed(f"{', '.join(wrong)} differ from config.yaml and labeling_template.xml; run: {self._set_up}")
         return "are the config's"
+
+    def _queue(self) -> str:
+        if not self._wanted.has_tab(int(self._found.id)):
+            raise _Failed(f"the Data Manager has no tab {QUEUE_TAB!r}, which shows what is asked for next; run: {self._set_up}")
+        return f"is the tab {QUEUE_TAB!r} of the Data Manager"
 
     def _storage(self) -> str:
         storage, others = self._wanted.storages(self._found.id)

@@ -9,6 +9,8 @@ What of a project is ours, and therefore updated and removed:
 - backends below the stage's own API, or with an address that ends in the model's name and the model as the user;
 - webhooks below the stage's own API, those of our backends, and those that sign in as the model to `…/{model}/webhook`.
 
+The tab "Queue" of the Data Manager is made when there is none, and left as people like it.
+
 Everything else is somebody else's and stays.
 """
 
@@ -38,10 +40,17 @@ from labelloop.records import version_string
 WEBHOOK_ACTIONS = ["ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", "ANNOTATIONS_DELETED"]
 STORAGE_TITLE = "labelloop images"
 CONNECTED = "CO"
+QUEUE_TAB = "Queue"
+FIRST_TAB = "Default"  # what Label Studio shows by itself as long as a project has no tab
 _PRESIGN_MINUTES = 60
 _PREDICT_SECONDS = 100.0
 _STORAGE_SECRETS = ("aws_access_key_id", "aws_secret_access_key")  # Label Studio takes them and never shows them again
 _TIMEOUT = urllib3.Timeout(connect=3, read=20)  # s
+_HIDDEN_COLUMNS = [  # of the tab with the queue
+    "inner_id", "completed_at", "total_annotations", "cancelled_annotations", "total_predictions", "annotators",
+    "annotations_results", "annotations_ids", "predictions_results", "file_upload", "storage_filename", "created_at",
+    "updated_at", "updated_by", "avg_lead_time", "draft_exists",
+]  # fmt: skip
 
 
 @dataclass
@@ -227,6 +236,28 @@ class ModelProject:
         ]
         return sorted(ours, key=lambda backend: backend.url != url)
 
+    # The Data Manager's tab with the queue
+
+    def wanted_tab(self) -> dict[str, Any]:
+        """Unlabelled tasks as uncertainty sampling hands them out, but for taking turns; with the score to be seen."""
+        unlabelled = [
+            {"filter": f"filter:tasks:{count}", "operator": "equal", "type": "Number", "value": 0}
+            for count in ("total_annotations", "cancelled_annotations")
+        ]
+        hidden = [f"tasks:{column}" for column in _HIDDEN_COLUMNS]
+        return {
+            "title": QUEUE_TAB,
+            "type": "list",
+            "target": "tasks",
+            "filters": {"conjunction": "and", "items": unlabelled},
+            "ordering": ["tasks:predictions_score"],
+            "hiddenColumns": {"explore": hidden, "labeling": hidden},
+        }
+
+    def has_tab(self, project: int) -> bool:
+        """Whether there is a tab of that title. What people have made of it is theirs."""
+        return QUEUE_TAB in self.deployment.label_studio.tabs(project)
+
     @property
     def _api(self) -> str:
         return self.deployment.backend(self.model).url.rpartition("/")[0]
@@ -246,6 +277,7 @@ class _SetUp:
         self._webhook()
         self._backend()
         self._shown_version()
+        self._tab()
         if self._recorded() != self._done.project:
             self._deployment.ledger.set_project(self._project.model, self._done.project)
         return self._done
@@ -342,6 +374,15 @@ class _SetUp:
         if self._deployment.label_studio.model_version(project) != title:
             self._sdk.projects.update(project, model_version=title)
             self._note(f"the project shows the predictions of {title}")
+
+    def _tab(self) -> None:
+        label_studio, project = self._deployment.label_studio, self._done.project
+        if self._project.has_tab(project):
+            return
+        if not label_studio.tabs(project):
+            label_studio.add_tab(project, {"title": FIRST_TAB})
+        label_studio.add_tab(project, self._project.wanted_tab())
+        self._note(f"added the tab {QUEUE_TAB!r}")
 
 
 def differences(found: Any, wanted: Mapping[str, Any], unseen: Sequence[str] = ()) -> list[str]:

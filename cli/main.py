@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
@@ -16,6 +16,9 @@ from cli.deployment import DEMO, LAPTOP, Deployment, addresses_to_show
 from cli.examples import ExampleModel
 from labelloop.errors import ConfigError, LabelloopError, exit_code
 from labelloop.model_config import ModelConfigs
+
+if TYPE_CHECKING:
+    from cli.takeover import Outcome
 
 app = typer.Typer(
     name="labelloop",
@@ -197,6 +200,61 @@ def status(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJ
 
 
 @app.command()
+def lineage(
+    model: Model,
+    prediction: Annotated[
+        int | None, typer.Option(help="Id of a prediction in Label Studio: what made it, from which data?", show_default=False)
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option(help="Id of a task: which versions trained on its image?", show_default=False)
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="The same of an image: a file, its s3:// address or its SHA-256.", show_default=False),
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(help="A version: everything that was written down of it.", show_default=False)
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="With --version: build its snapshot again and compare the digests.")
+    ] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trace a prediction back to the annotations it was learnt from, or an image forward to the versions that saw it.
+
+    A prediction leads to version, training job, dataset snapshot and annotations. An image leads to every version whose snapshot
+    has it, or a near duplicate of it, and says in which split. --rebuild builds the snapshot of a version again, from the same
+    annotations as Label Studio has them now: the digest is the same unless somebody changed or deleted one since, and then it
+    says which, and the exit code is 2.
+    """
+    from cli import lineage as trace
+
+    asked = [wanted for wanted in (prediction, task, image, version) if wanted is not None]
+    if len(asked) != 1:
+        raise typer.BadParameter("give one of --prediction, --task, --image and --version")
+    if rebuild and version is None:
+        raise typer.BadParameter("it is a version's snapshot that is built again: --version N --rebuild", param_hint="--rebuild")
+    answers = trace.Lineage(Deployment.find(stage, home), ModelConfigs.find()[model])
+    found: trace.Answer
+    if version is not None:
+        found = answers.rebuild(version) if rebuild else answers.of_version(version)
+    elif prediction is not None:
+        found = answers.of_prediction(prediction)
+    elif task is not None:
+        found = answers.of_task(task)
+    else:
+        found = answers.of_image(image or "")
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        trace.show(found, console)
+    if isinstance(found, trace.Rebuilt) and not found.same:
+        raise typer.Exit(2)
+
+
+@app.command()
 def setup_label_studio_project(
     model: Model,
     check: Annotated[
@@ -269,6 +327,49 @@ def upload_images(
         raise typer.Exit(2)
 
 
+@app.command()
+def rollback(
+    model: Model,
+    to: Annotated[
+        int | None, typer.Option(min=1, help="The version to go back to.", show_default="the one that served before")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; kept in the ledger and the registry.", show_default=False)] = None,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the version serve again that served before, within seconds.
+
+    Nothing is trained and nothing deleted: the champion pointer moves, Label Studio gets the old version's predictions again,
+    and later versions are compared with it. Run twice, it goes back two versions. Where the command was interrupted, run it
+    again: it finishes what it began.
+    """
+    from cli import takeover
+
+    done = takeover.rollback(Deployment.find(stage, home), ModelConfigs.find()[model].config.name, to, reason)
+    _say_takeover(done, as_json=as_json)
+
+
+@app.command()
+def promote(
+    model: Model,
+    version: Annotated[int, typer.Argument(min=1, help="The version that shall serve.", show_default=False)],
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger and the registry.", show_default=False)],
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let any trained version serve, whatever the promotion gate said of it.
+
+    For what the gate cannot know, such as a class that matters more than the others, or a verdict that it left undecided.
+    `labelloop status MODEL` lists versions and verdicts; `labelloop rollback MODEL` takes it back.
+    """
+    from cli import takeover
+
+    done = takeover.promote(Deployment.find(stage, home), ModelConfigs.find()[model].config.name, version, reason)
+    _say_takeover(done, as_json=as_json)
+
+
 def main() -> NoReturn:
     """Run the command; every error of labelloop's own becomes a message and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -293,6 +394,15 @@ def _until_interrupted() -> None:
             signal.pause()
     except KeyboardInterrupt:
         console.print()
+
+
+def _say_takeover(outcome: Outcome, *, as_json: bool) -> None:
+    from cli import takeover
+
+    if as_json:
+        print(msgspec.json.encode(outcome).decode())
+    else:
+        takeover.show(outcome, console)
 
 
 def _say(part: str, message: str) -> None:

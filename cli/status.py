@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import msgspec
@@ -10,25 +12,77 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.deployment import Deployment
-from labelloop import problem_types
-from labelloop.errors import LabelloopError
+from labelloop import auto_accept, problem_types
+from labelloop.acceptance import Acceptance, acceptance
+from labelloop.auto_accept import AutoAcceptState
+from labelloop.dataset import resolution
+from labelloop.errors import LabelloopError, NotSetUpError
 from labelloop.model_config import ModelFolder
 from labelloop.policy import decide
-from labelloop.records import METRIC_TITLES, Champion, Failure, Job, Metric, ProblemTypeName, Verdict
+from labelloop.records import (
+    METRIC_TITLES,
+    Champion,
+    Failure,
+    Interval,
+    Job,
+    LabelsSaved,
+    Metric,
+    ProblemTypeName,
+    Promotion,
+    Takeover,
+    Verdict,
+)
+
+_TAKEOVERS = 3  # shown; --json has all
+_REASONS = 3  # versions whose verdict is explained
+_VERDICTS: dict[Verdict, str] = {"promote": "promote", "keep": "keep", "undecided": "[yellow]undecided[/yellow]"}
+_SMALL = 0.05  # a holdout that tells apart no less than this is warned about
+
+type _Fact = tuple[str, str, str]  # name, text, colour
 
 
 class Version(msgspec.Struct, kw_only=True):
-    """A row of the version table; `value` is that of `metric` on the holdout; None where nothing was measured."""
+    """A row of the version table; `value` is that of `metric` on the holdout; None where nothing was measured.
+
+    `difference`: to the champion of then. `calibration_error`: between confidence and accuracy. `suspects`: annotations that
+    the review was offered. `acceptance`: pre-annotations that annotators had before them, and kept; None where there are none.
+    """
 
     version: int
     annotations: int
     metric: Metric | None
     value: float
+    difference: Interval | None
+    calibration_error: float | None
     holdout_images: int
     champion: bool
     verdict: Verdict
     reason: str
+    suspects: int
+    acceptance: Acceptance | None
     job_name: str
+
+
+class Holdout(msgspec.Struct, kw_only=True):
+    """The holdout of the last version. `resolution`: the smallest difference of two versions that it can tell apart."""
+
+    images: int
+    resolution: float
+
+
+class QueueStatus(msgspec.Struct, kw_only=True):
+    """How annotators are asked, and what it has saved so far; `labels_saved` is None while too little was measured."""
+
+    strategy: str
+    control: float
+    labels_saved: LabelsSaved | None
+
+
+class ReviewStatus(msgspec.Struct, kw_only=True):
+    """Cases of the review tab; an open one waits for an annotator's answer."""
+
+    open: int
+    settled: int
 
 
 class NextTraining(msgspec.Struct, kw_only=True):
@@ -47,9 +101,12 @@ class FailedTraining(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """`annotations`, `tasks` and `next_training` are None when Label Studio does not say; `problems` tells why.
+    """`annotations`, `tasks`, `next_training`, `auto_accept` and all acceptance are None when Label Studio does not say;
+    `problems` tells why. `auto_accept` is None, too, where config.yaml has no such section or nothing serves;
+    `accept_from` is the certainty from which the champion accepts, None while none is precise enough.
 
-    `left_out`: annotated tasks that the last snapshot could not use, by reason.
+    `takeovers`: changes of the champion, the latest first. `left_out`: annotated tasks that the last snapshot could not use,
+    by reason.
     """
 
     model: str
@@ -62,6 +119,12 @@ class Status(msgspec.Struct, kw_only=True):
     next_training: NextTraining | None
     running: Job | None
     versions: list[Version]
+    holdout: Holdout | None
+    queue: QueueStatus
+    review: ReviewStatus
+    auto_accept: AutoAcceptState | None
+    accept_from: float | None
+    takeovers: list[Takeover]
     last_failure: Failure | None
     failures: list[FailedTraining]
     left_out: dict[str, int]
@@ -74,16 +137,16 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
     head = deployment.ledger.head(model)
     champion = deployment.champions.read(model)
     trainings = deployment.ledger.trainings(model)
-    promotions = deployment.ledger.promotions(model)
-    counts: dict[str, int] = {}
+    promotions = sorted(deployment.ledger.promotions(model).values(), key=lambda p: (p.version, p.decided_at))
+    work = _Work()
     problems: list[str] = []
     try:
-        counts = deployment.label_studio.counts(deployment.ledger.project(model))
+        work = _work(deployment, folder, champion)
     except LabelloopError as error:
         problems.append(str(error))
     coming = None
-    if counts:
-        decision = decide(config.retrain, head, counts["annotated"], datetime.now(UTC))
+    if work.annotated is not None:
+        decision = decide(config.retrain, head, work.annotated, datetime.now(UTC))
         coming = NextTraining(due_at=decision.due_at, now=decision.train, reason=decision.reason)
     return Status(
         model=model,
@@ -91,24 +154,21 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
         metric=problem_types.of(config.problem_type).metric,
         stage=deployment.stage,
         champion=champion,
-        tasks=counts.get("tasks"),
-        annotations=counts.get("annotated"),
+        tasks=work.tasks,
+        annotations=work.annotated,
         next_training=coming,
         running=head.running,
-        versions=[
-            Version(
-                version=promotion.version,
-                annotations=promotion.n_annotations,
-                metric=promotion.metric,
-                value=promotion.value,
-                holdout_images=promotion.holdout_images,
-                champion=champion is not None and champion.version == promotion.version,
-                verdict=promotion.verdict,
-                reason=promotion.reason,
-                job_name=promotion.job_name,
-            )
-            for promotion in sorted(promotions.values(), key=lambda p: (p.version, p.decided_at))
-        ],
+        versions=[_version(promotion, champion, work.acceptance.get(promotion.version)) for promotion in promotions],
+        holdout=_holdout(promotions),
+        queue=QueueStatus(
+            strategy=config.queue.strategy,
+            control=config.queue.control,
+            labels_saved=next((p.labels_saved for p in reversed(promotions) if p.labels_saved), None),
+        ),
+        review=_review(deployment, model),
+        auto_accept=work.auto_accept,
+        accept_from=_accept_from(deployment, folder, champion),
+        takeovers=deployment.ledger.takeovers(model)[::-1],
         last_failure=head.failure,
         failures=[
             FailedTraining(
@@ -125,33 +185,159 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
     )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What Label Studio tells of the annotators' work."""
+
+    tasks: int | None = None
+    annotated: int | None = None
+    acceptance: dict[int, Acceptance] = field(default_factory=dict)
+    auto_accept: AutoAcceptState | None = None
+
+
+def _work(deployment: Deployment, folder: ModelFolder, champion: Champion | None) -> _Work:
+    project = deployment.ledger.project(folder.config.name)
+    counts = deployment.label_studio.counts(project)
+    tasks = deployment.label_studio.annotated_tasks(project) if champion else []
+    return _Work(
+        tasks=counts["tasks"],
+        annotated=counts["annotated"],
+        acceptance=acceptance(tasks, folder.config, folder.label_config),
+        auto_accept=auto_accept.summary(folder, champion.version, deployment.ledger, tasks) if champion else None,
+    )
+
+
+def _review(deployment: Deployment, model: str) -> ReviewStatus:
+    try:
+        cases = deployment.ledger.review_cases(model, deployment.ledger.project(model))
+    except NotSetUpError:
+        cases = []
+    settled = sum(case.settled_at is not None for case in cases)
+    return ReviewStatus(open=len(cases) - settled, settled=settled)
+
+
+def _accept_from(deployment: Deployment, folder: ModelFolder, champion: Champion | None) -> float | None:
+    if champion is None or folder.config.auto_accept is None:
+        return None
+    report = deployment.champions.evaluation(champion.model, champion.version)
+    return report.accept_from if report else None
+
+
+def _version(promotion: Promotion, champion: Champion | None, kept: Acceptance | None) -> Version:
+    return Version(
+        version=promotion.version,
+        annotations=promotion.n_annotations,
+        metric=promotion.metric,
+        value=promotion.value,
+        difference=promotion.difference,
+        calibration_error=promotion.calibration_error,
+        holdout_images=promotion.holdout_images,
+        champion=champion is not None and champion.version == promotion.version,
+        verdict=promotion.verdict,
+        reason=promotion.reason,
+        suspects=promotion.suspects,
+        acceptance=kept,
+        job_name=promotion.job_name,
+    )
+
+
+def _holdout(promotions: list[Promotion]) -> Holdout | None:
+    images = next((promotion.holdout_images for promotion in reversed(promotions) if promotion.holdout_images), 0)
+    return Holdout(images=images, resolution=resolution(images)) if images else None
+
+
 def show(status: Status, console: Console) -> None:
     """The status as a person reads it."""
     console.print(f"[bold]{status.model}[/bold]  ({status.problem_type}, stage {status.stage})")
     if status.versions:
-        table = Table(box=None, pad_edge=False)
-        title = METRIC_TITLES[status.metric]
-        for column in ("version", "annotations", title, "holdout", "verdict", ""):
-            table.add_column(column, justify="left" if column in ("verdict", "") else "right")
-        for row in status.versions:
-            mark = "[green]champion[/green]" if row.champion else ""
-            reason = escape(f"{row.verdict}: {row.reason}")
-            value = f"{row.value:.1%}" if row.metric else "–"
-            table.add_row(str(row.version), f"{row.annotations:,}", value, str(row.holdout_images), reason, mark)
-        console.print(table)
+        console.print(_versions(status))
     else:
         console.print("no version yet")
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    for name, text, colour in (*_of_the_model(status), *_of_the_work(status), *_of_the_trainings(status)):
+        facts.add_row(f"[{colour}]{name}[/{colour}]" if colour else name, escape(text))
+    console.print(facts)
+
+
+def _of_the_model(status: Status) -> Iterator[_Fact]:
+    for row in status.versions[-_REASONS:]:
+        yield f"version {row.version}", f"{row.verdict}: {row.reason}", ""
+    for takeover in status.takeovers[:_TAKEOVERS]:
+        before = f" from version {takeover.before}" if takeover.before else ""
+        text = f"version {takeover.version} took over{before}, {_moment(takeover.at)} ({takeover.by}: {takeover.reason})"
+        yield "serving", text, ""
+    if status.holdout:
+        images, finest = status.holdout.images, f"{100 * status.holdout.resolution:.1f} points"
+        if status.holdout.resolution > _SMALL:
+            yield "holdout", f"{images:,} images tell apart no less than {finest}; annotate more to compare versions", "yellow"
+        else:
+            yield "holdout", f"{images:,} images tell apart {finest}", ""
+
+
+def _of_the_work(status: Status) -> Iterator[_Fact]:
+    """The annotators' and the model's."""
+    saved = "not measured yet"
+    if status.queue.labels_saved:
+        share, control = status.queue.labels_saved.share, status.queue.labels_saved.control
+        saved = f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%}), by {control:,} control labels"
+    yield "queue", f"{status.queue.strategy}, {status.queue.control:.0%} at random; labels saved against random: {saved}", ""
+    if status.review.open or status.review.settled:
+        yield "review", f"{status.review.open:,} annotations to look at again, {status.review.settled:,} settled", ""
+    if status.auto_accept:
+        yield _auto_accept(status.auto_accept, status.accept_from)
     if status.annotations is not None:
-        console.print(f"annotations: {status.annotations:,} of {status.tasks:,} tasks")
+        yield "annotations", f"{status.annotations:,} of {status.tasks:,} tasks", ""
+
+
+def _of_the_trainings(status: Status) -> Iterator[_Fact]:
     if status.next_training is not None:
         due = "at the next look" if status.next_training.now else f"at {status.next_training.due_at:,} annotations"
-        console.print(f"next training: {due} ({escape(status.next_training.reason)})")
+        yield "next training", f"{due} ({status.next_training.reason})", ""
     if status.running:
-        since = f"since {status.running.started_at}"
-        console.print(f"running: {status.running.job_name}, {status.running.n_annotations:,} annotations, {since}")
+        since = f"since {_moment(status.running.started_at)}"
+        yield "running", f"{status.running.job_name}, {status.running.n_annotations:,} annotations, {since}", ""
     for reason, count in status.left_out.items():
-        console.print(f"left out of the last training: {count:,} annotated tasks ({escape(reason)})")
+        yield "left out", f"{count:,} annotated tasks of the last training ({reason})", ""
     for failed in status.failures:
-        console.print(f"[red]failed[/red]: {failed.job_name} at {failed.ended_at}: {escape(failed.reason)}")
+        yield "failed", f"{failed.job_name}, {_moment(failed.ended_at or '?')}: {failed.reason}", "red"
     for problem in status.problems:
-        console.print(f"[yellow]problem[/yellow]: {escape(problem)}")
+        yield "problem", problem, "yellow"
+
+
+def _versions(status: Status) -> Table:
+    table = Table(box=None, pad_edge=False)
+    right = ("version", "annotations", METRIC_TITLES[status.metric], "calibration\nerror", "kept")
+    for column in (*right, "to the champion,\npoints", "verdict", ""):
+        table.add_column(column, justify="right" if column in right else "left")
+    for row in status.versions:
+        table.add_row(
+            str(row.version),
+            f"{row.annotations:,}",
+            f"{row.value:.1%}" if row.metric else "–",
+            "–" if row.calibration_error is None else f"{row.calibration_error:.1%}",
+            f"{row.acceptance.kept / row.acceptance.shown:.0%}" if row.acceptance else "–",
+            _points(row.difference) if row.difference else "–",
+            _VERDICTS[row.verdict],
+            "[green]champion[/green]" if row.champion else "",
+        )
+    return table
+
+
+def _auto_accept(state: AutoAcceptState, accept_from: float | None) -> _Fact:
+    audit = f"people agree with {state.right:,} of {state.audited:,} audited predictions, {state.waiting:,} wait for them"
+    work = f"{state.accepted:,} annotations are the model's; {audit}"
+    if state.off:
+        return "auto-accept", f"turned off: {state.off}; {work}", "yellow"
+    if accept_from is None:
+        return "auto-accept", f"the champion is nowhere as precise as promised, and accepts nothing; {work}", ""
+    return "auto-accept", f"from a certainty of {accept_from:.3f}; {work}", ""
+
+
+def _points(difference: Interval) -> str:
+    """A difference of shares in percentage points with its interval."""
+    return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+def _moment(at: str) -> str:
+    """A time to the minute, in UTC."""
+    return at[:16].replace("T", " ")

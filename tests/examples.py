@@ -26,14 +26,17 @@ from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
 from labelloop.records import (
     BoxRules,
     Champion,
+    Comparison,
     Evaluation,
     HoldoutImage,
+    Interval,
     Job,
     ModelCard,
     ProblemTypeName,
     Region,
     Scores,
     Snapshot,
+    Suspect,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -66,7 +69,7 @@ def sha256(data: bytes | str) -> str:
 
 
 def brightness_model(model: str = "digits", *, sharpness: float = 0.01, card: bool = True) -> bytes:
-    """An ONNX file of labelloop's form that tells ten classes by the mean brightness alone."""
+    """An ONNX file of labelloop's form that tells ten classes by the mean brightness alone, which is the embedding, too."""
     centres = np.array([[grey(digit) for digit in range(10)]], dtype=np.float32)
     graph = helper.make_graph(
         [
@@ -76,10 +79,14 @@ def brightness_model(model: str = "digits", *, sharpness: float = 0.01, card: bo
             helper.make_node("Sub", ["means", "centres"], ["distance"]),
             helper.make_node("Mul", ["distance", "distance"], ["squared"]),
             helper.make_node("Mul", ["squared", "scale"], ["logits"]),
+            helper.make_node("Identity", ["means"], ["embedding"]),
         ],
         "brightness",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 16, 16, 1])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10]),
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", 1]),
+        ],
         [
             numpy_helper.from_array(np.array([1, 2, 3], dtype=np.int64), "axes"),
             numpy_helper.from_array(np.array([-1, 1], dtype=np.int64), "column"),
@@ -121,7 +128,10 @@ def make_model_folder(root: Path, name: str, problem_type: ProblemTypeName, clas
 
 
 def quadrant_model(model: str, classes: list[str]) -> bytes:
-    """A detector's ONNX file of 16 × 16 grey pixels: it finds the first class in each quadrant, as likely as it is bright."""
+    """A detector's ONNX file of 16 × 16 grey pixels: it finds the first class in each quadrant, as likely as it is bright.
+
+    The embedding is the brightness of the four.
+    """
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
@@ -130,17 +140,20 @@ def quadrant_model(model: str, classes: list[str]) -> bytes:
             helper.make_node("Reshape", ["means", "column"], ["levels"]),
             helper.make_node("Mul", ["levels", "first"], ["scores"]),
             helper.make_node("Identity", ["quadrants"], ["boxes"]),
+            helper.make_node("Reshape", ["means", "row"], ["embedding"]),
         ],
         "quadrants",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 16, 16, 1])],
         [
             helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 4, 1, 4]),
             helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 4, len(classes)]),
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, 4]),
         ],
         [
             numpy_helper.from_array(np.array([1, 2, 8, 2, 8], dtype=np.int64), "cells"),
             numpy_helper.from_array(np.array([2, 4], dtype=np.int64), "inside"),
             numpy_helper.from_array(np.array([1, 4, 1], dtype=np.int64), "column"),
+            numpy_helper.from_array(np.array([1, 4], dtype=np.int64), "row"),
             numpy_helper.from_array(np.eye(1, len(classes), dtype=np.float32)[np.newaxis] / 255, "first"),
             numpy_helper.from_array(
                 np.array([[[[x, y, x + 0.5, y + 0.5]] for y in (0, 0.5) for x in (0, 0.5)]], dtype=np.float32), "quadrants"
@@ -176,16 +189,46 @@ def scores(version: int, accuracy: float) -> Scores:
     return Scores(metric="accuracy", value=accuracy, per_class={}, confusion=[[0] * 10] * 10, version=version)
 
 
+def comparison(
+    challenger: float,
+    champion: float,
+    *,
+    spread: float = 0.01,
+    per_class: dict[str, Interval] | None = None,
+    classes: list[str] | None = None,
+    needed: int | None = None,
+) -> Comparison:
+    """Of two accuracies on 20 holdout images, with bounds `spread` below and above the difference."""
+    return Comparison(
+        classes=classes or list(DIGITS.classes),
+        images=20,
+        challenger=challenger,
+        champion=champion,
+        difference=interval(challenger - champion, spread),
+        per_class=per_class or {"1": interval(challenger - champion, spread)},
+        won=max(0, round(20 * (challenger - champion))),
+        lost=max(0, round(20 * (champion - challenger))),
+        p_value=0.5,
+        needed=needed,
+    )
+
+
+def interval(value: float, spread: float) -> Interval:
+    return Interval(value=value, low=value - spread, high=value + spread)
+
+
 def evaluation(
     version: int = 1,
     accuracy: float = 0.9,
     *,
     champion: Scores | None = None,
+    compared: Comparison | None = None,
     model: str = "digits",
     job_name: str = "labelloop-local-digits-abc-1",
     onnx_file: bytes = b"onnx",
     run_id: str = "run",
 ) -> Evaluation:
+    """A report on 20 holdout images; unless `compared` says otherwise, they tell two accuracies apart to the point."""
     return Evaluation(
         model=model,
         problem_type="classification",
@@ -204,6 +247,24 @@ def evaluation(
         ],
         onnx_sha256=sha256(onnx_file),
         parity=1e-6,
+        gate=DIGITS.gate,
+        comparison=compared or (comparison(accuracy, champion.value) if champion else None),
+        calibration_error=0.02,
+        labels_saved=None,
+        accept_from=None,
+        suspects=[],
+        champion_annotations=50 if champion else None,
+    )
+
+
+def suspect(given: str = "1", suggested: str = "7", quality: float = 0.05) -> Suspect:
+    return Suspect(
+        task=7,
+        annotation="annotation-7",
+        sha256="7" * 64,
+        quality=quality,
+        given=[Region(label=given)],
+        suggested=[Region(label=suggested, score=0.9)],
     )
 
 

@@ -39,9 +39,10 @@ class FakeLabelStudio:
         self._begin("annotated_tasks")
         return list(self.annotated)
 
-    def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> set[str]:
+    def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> dict[str, int]:
         self._begin("find_images")
-        return {task["data"][data_key] for task in self.tasks} & set(addresses)
+        addressed = {task["data"][data_key]: number for number, task in enumerate(self.tasks, start=1)}
+        return {address: addressed[address] for address in addresses if address in addressed}
 
     def import_tasks(self, project: int, tasks: Iterable[dict[str, Any]]) -> list[int]:
         self._begin("import_tasks")

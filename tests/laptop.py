@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import urllib3
@@ -22,7 +24,7 @@ from cli.label_studio_project import set_up_project
 from cli.upload import upload
 from labelloop.artifacts import s3_uri
 from labelloop.model_config import ModelConfigs, ModelFolder
-from labelloop.records import Promotion
+from labelloop.records import Champion, Promotion, version_string
 from local.stack import LaptopStack
 
 IMAGES = 300
@@ -31,6 +33,17 @@ FIRST, SECOND = 60, 200  # annotations at which the test's model trains by itsel
 
 def _log(part: str, text: str) -> None:
     logging.getLogger(__name__).info("%s: %s", part, text)
+
+
+@dataclass(frozen=True)
+class ListedTask:
+    """A task as Label Studio has it. `labelled`: annotated or skipped."""
+
+    id: int
+    image: str
+    group: str
+    labelled: bool
+    predictions: list[dict[str, Any]]
 
 
 @dataclass
@@ -74,6 +87,45 @@ class Loop:
             headers={"Authorization": self.backend.authorization},
         )
         return int(answer.status)
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        """A request to Label Studio's API, and what it answers."""
+        headers = {"Authorization": f"Token {self.deployment.label_studio_token}"}
+        answer = self.http.request(method, self.deployment.label_studio_url + path, headers=headers, json=body)
+        assert answer.status < 300, (method, path, answer.status, answer.data)
+        return answer.json()
+
+    def listed(self) -> list[ListedTask]:
+        """All tasks of the project with their predictions."""
+        fields = {"include": "id,data,meta,predictions,total_annotations,cancelled_annotations", "fields": "all"}
+        query = urlencode({"project": self.project, "page_size": 1000, "resolve_uri": "false", **fields})
+        return [
+            ListedTask(
+                id=task["id"],
+                image=task["data"]["image"],
+                group=task["meta"]["group"],
+                labelled=bool(task["total_annotations"] + task["cancelled_annotations"]),
+                predictions=task["predictions"],
+            )
+            for task in self.api("GET", f"/api/tasks?{query}")["tasks"]
+        ]
+
+    @property
+    def champion(self) -> Champion:
+        """The version that serves."""
+        champion = self.deployment.champions.read(self.model)
+        assert champion is not None
+        return champion
+
+    def wait_until_predicted(self, version: int) -> None:
+        """Wait until every unlabelled task has one prediction, of that version."""
+        wanted = [version_string(self.model, version)]
+
+        def all_of_them() -> bool:
+            waiting = [task for task in self.listed() if not task.labelled]
+            return all([one["model_version"] for one in task.predictions] == wanted for task in waiting)
+
+        wait_for(all_of_them, 180, f"every unlabelled task is predicted by version {version}, once")
 
     def job_names(self) -> list[str]:
         return [training.job.job_name for training in self.deployment.ledger.trainings(self.model)]
@@ -125,6 +177,7 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config["name"] = name
         config["label_studio"]["title"] = f"labelloop {name}"
         config["retrain"] = {"at": [FIRST, SECOND], "factor": 10.0, "failure_backoff_minutes": 0}
+        config["queue"] = {"strategy": "diverse", "control": 0.1, "clusters": 4}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return root
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ from torch.nn import functional
 from labelloop import problem_types
 from labelloop.model_config import ModelConfig
 from labelloop.records import ManifestRow, ModelCard, Region, Scores
+from training_jobs import decisions, label_quality, paired
+from training_jobs.decisions import Decisions
 from training_jobs.heads import Logits
+from training_jobs.label_quality import LabelQuality
+from training_jobs.paired import Difference
+
+_ALIKE = 10  # examples of a class from which it needs no help
 
 
 class Classification:
@@ -47,6 +54,31 @@ class Classification:
             version=version,
         )
 
+    def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
+        return decisions.of_classes(rows, candidates, classes)
+
+    def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:
+        return truth[0].label in shared
+
+    def difference(
+        self,
+        truths: Sequence[Sequence[Region]],
+        challenger: Sequence[Sequence[Region]],
+        champion: Sequence[Sequence[Region]],
+        classes: Sequence[str],  # noqa: ARG002 - others' depends on it
+        confidence: float,
+    ) -> Difference:
+        """Of accuracy and of each class's recall."""
+        of = [truth[0].label for truth in truths]
+        ours, theirs = (
+            np.array([guess[0].label == label for guess, label in zip(found, of, strict=True)])
+            for found in (challenger, champion)
+        )
+        return paired.proportions(ours, theirs, of, confidence)
+
+    def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
+        return label_quality.of_classes(rows, candidates, card)
+
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
         """The confusion matrix, a row for each true class."""
         numbers, picture = folder / "confusion.json", folder / "confusion.png"
@@ -66,11 +98,13 @@ class ClassificationLoss:
     """Cross-entropy on logits shifted by how often each class was annotated (logit adjustment, Menon et al. 2021).
 
     Without it a class with one example among seventy is hardly ever predicted; what serves are the logits without the shift.
+    From ten examples on classes are alike: the queue asks for what is hard, so how often a class was annotated says nothing of
+    how often it comes, and shifting by it made models worse the more of its labels they had (benchmarks/labels.py).
     """
 
     def __init__(self, rows: Sequence[ManifestRow], config: ModelConfig, augment: Callable[[Tensor], Tensor]) -> None:
         self._targets = torch.tensor([config.classes.index(row.regions[0].label) for row in rows], dtype=torch.int64)
-        counts = torch.bincount(self._targets, minlength=len(config.classes)).float()
+        counts = torch.bincount(self._targets, minlength=len(config.classes)).float().clamp(max=_ALIKE)
         # Half an example more keeps the logarithm of a class without any finite.
         self._shift = torch.log((counts + 0.5) / (counts + 0.5).sum())
         self._label_smoothing, self._augment = config.hyperparameters.label_smoothing, augment

@@ -14,8 +14,12 @@ from torchvision.transforms import v2
 
 from labelloop.model_config import ModelConfig
 from labelloop.records import ManifestRow, ModelCard, Region, Scores
-from training_jobs import heads
+from training_jobs import decisions, heads, label_quality, paired
+from training_jobs.average_precision import AveragePrecision
+from training_jobs.decisions import Decisions
+from training_jobs.label_quality import LabelQuality
 from training_jobs.multilabel import per_class_plot
+from training_jobs.paired import Difference
 
 _SMALLEST = 1.0  # pixels of a box's sides: what augmentation leaves less of is no example
 
@@ -52,6 +56,29 @@ class Detection:
             confusion=None,
             version=version,
         )
+
+    def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
+        return decisions.of_boxes(rows, candidates, classes)
+
+    def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:  # noqa: ARG002 - others' depends on it
+        """Every image: a box where there is nothing is wrong."""
+        return True
+
+    def difference(
+        self,
+        truths: Sequence[Sequence[Region]],
+        challenger: Sequence[Sequence[Region]],
+        champion: Sequence[Sequence[Region]],
+        classes: Sequence[str],
+        confidence: float,
+    ) -> Difference:
+        """Of mAP@0.5, and of each class's average precision; boxes of other classes have no influence on it."""
+        shown = [len(truths), *(sum(any(region.label == name for region in truth) for truth in truths) for name in classes)]
+        ours, theirs = AveragePrecision(truths, challenger, classes), AveragePrecision(truths, champion, classes)
+        return paired.bootstrapped(ours, theirs, shown, classes, confidence)
+
+    def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
+        return label_quality.of_boxes(rows, candidates, card)
 
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
         return per_class_plot(result, classes, title, folder)

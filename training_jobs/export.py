@@ -6,12 +6,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from labelloop import problem_types
 from labelloop.errors import ModelError
-from labelloop.inference import CARD_KEY, Model
+from labelloop.inference import CARD_KEY, EMBEDDING, Model
 from labelloop.records import ModelCard
 from training_jobs import problem
 from training_jobs.dataset import Pixels
@@ -24,14 +25,14 @@ _BATCH = 32
 
 
 class Served(nn.Module):
-    """A network with serving's input: uint8 `[N, height, width, channels]` → the outputs of its heads."""
+    """A network with serving's input: uint8 `[N, height, width, channels]` → the outputs of its heads, then the embedding."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.heads(to_network(image))
+        outputs: tuple[Tensor, ...] = self.heads.examine(to_network(image))
         return outputs
 
 
@@ -55,7 +56,7 @@ def export(network: nn.Module, card: ModelCard, pixels: Pixels, file: Path) -> t
         served,
         (example,),
         input_names=["image"],
-        output_names=problem_types.of(card.problem_type).outputs,
+        output_names=[*problem_types.of(card.problem_type).outputs, EMBEDDING],
         dynamic_shapes={"image": {0: torch.export.Dim("batch")} if several else None},
         dynamo=True,
         external_data=False,
@@ -74,6 +75,14 @@ def export(network: nn.Module, card: ModelCard, pixels: Pixels, file: Path) -> t
     return model, difference
 
 
+def stamp(file: Path, card: ModelCard) -> Model:
+    """Give a model file another card; the model as serving loads it."""
+    model = onnx.load(str(file))
+    onnx.helper.set_model_props(model, {CARD_KEY: msgspec.json.encode(card).decode()})
+    file.write_bytes(model.SerializeToString())
+    return Model(file.read_bytes())
+
+
 def parity(served: Served, model: Model, pixels: Pixels) -> float:
     """Largest difference of ONNX and torch outputs, relative to each output's scale. Raises `ModelError`."""
     several = served.heads.at_once > 1
@@ -83,4 +92,4 @@ def parity(served: Served, model: Model, pixels: Pixels) -> float:
         network: list[Outputs] = [[output.numpy() for output in served(torch.from_numpy(batch))] for batch in batches]
     if not all(np.isfinite(output).all() for outputs in network for output in outputs):
         raise ModelError("the network's outputs are not all finite")
-    return served.heads.difference(network, [model.run(batch) for batch in batches])
+    return served.heads.difference(network, [model.run_whole(batch) for batch in batches])

@@ -25,8 +25,9 @@ from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard, Region
 from training_jobs import problem
-from training_jobs.dataset import Dataset, Examples
+from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.export import to_network
+from training_jobs.heads import Heads
 from training_jobs.job import STOPPED, stop_noted
 from training_jobs.problem import Augment
 
@@ -109,6 +110,15 @@ def fit(
     return averaged.eval()
 
 
+def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[Region]]:
+    """All that a network in evaluation mode takes into consideration for each image, reckoned as serving does it."""
+    problem_type, device = problem_types.of(card.problem_type), next(heads.parameters()).device
+    for batch in torch.split(torch.from_numpy(pixels), heads.at_once):
+        with torch.inference_mode():
+            outputs = [output.cpu().numpy() for output in heads(to_network(batch.to(device)))]
+        yield from (problem_type.candidates(image, card) for image in zip(*outputs, strict=True))
+
+
 class _Training:
     """The state of a training: weights, their average and the optimizer's memory."""
 
@@ -152,16 +162,8 @@ class _Training:
 
     def score(self, examples: Examples) -> float:
         """The metric of the averaged weights."""
-        kept = [self._problem.kept(candidates, self._card) for candidates in self._candidates(examples)]
+        kept = [self._problem.kept(found, self._card) for found in candidates(self._heads, examples.pixels, self._card)]
         return self._problem.scores(examples.rows, kept, self._config.classes, version=0).value
-
-    def _candidates(self, examples: Examples) -> Iterator[list[Region]]:
-        """Of each image, reckoned as serving does it."""
-        problem_type = problem_types.of(self._config.problem_type)
-        for batch in torch.split(torch.from_numpy(examples.pixels), self._heads.at_once):
-            with torch.inference_mode():
-                outputs = [output.cpu().numpy() for output in self._heads(to_network(batch.to(self._device)))]
-            yield from (problem_type.candidates(image, self._card) for image in zip(*outputs, strict=True))
 
     def save(self, file: Path, steps: int) -> None:
         """Whole or not at all: a machine may be taken away at any moment."""

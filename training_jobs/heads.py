@@ -2,11 +2,17 @@
 
 torchvision's detectors end in a non-maximum suppression of their own and in lists of boxes; here their own parts are put
 together up to the boxes and scores before it, which labelloop.problem_types.detection sifts.
+
+Each gives an embedding, too, which stands for what the network sees in an image: a classifier's is what its last layer
+decides from, a detector's the mean of its backbone's last and coarsest features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,16 +30,24 @@ from labelloop.errors import ConfigError
 type Outputs = list[np.ndarray[Any, np.dtype[np.float32]]]
 
 _ALIKE = 95  # percent of the proposals that have to be the same
+_WIDEST = 4096  # numbers in an embedding: as many as any of torchvision's classifiers has
 
 
 class Heads(nn.Module):
-    """`at_once`: so many images a run, which a loop over many should take."""
+    """Images → the problem type's outputs. `at_once`: so many images a run, which a loop over many should take."""
 
     at_once = 256
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.examine(images)[:-1]
+
+    @abstractmethod
+    def examine(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The problem type's outputs, then the embeddings `[N, D]`. Raises `ConfigError` when the network has none to give."""
 
     def difference(self, ours: Sequence[Outputs], theirs: Sequence[Outputs]) -> float:
         """Largest difference between two sets of runs, relative to the largest value of each output."""
@@ -44,8 +58,47 @@ class Heads(nn.Module):
 class Logits(Heads):
     """→ logits `[N, classes]`"""
 
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        return (self.network(images),)
+    def examine(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        last = _LastGiven()
+        with last.watching(self.network):
+            logits = self.network(images)
+        return logits, last.embedding(images.shape[0])
+
+
+class _LastGiven:
+    """What the last linear layer to run was given, in the order of the runs, which that of the layers' names need not be."""
+
+    def __init__(self) -> None:
+        self._last: tuple[nn.Module, Tensor] | None = None
+
+    @contextmanager
+    def watching(self, network: nn.Module) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for layer in network.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    hooks.enter_context(layer.register_forward_pre_hook(self._note))
+            yield
+
+    def _note(self, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self._last = layer, given[0]
+
+    def embedding(self, images: int) -> Tensor:
+        """`[images, D]`: the mean over the image's places. A wide one has neighbours averaged: in flattened maps, places."""
+        if self._last is None or self._last[1].shape[0] != images:
+            raise ConfigError(
+                "model.py",
+                "the network does not end in a linear layer, whose input stands for an image where images are compared; let "
+                "build_model's last layer be nn.Linear(features, len(config.classes))",
+            )
+        layer, features = self._last
+        if isinstance(layer, nn.Conv2d):
+            features = features.mean(dim=(2, 3))
+        elif features.dim() > 2:  # [N, places, D]
+            features = features.flatten(1, -2).mean(dim=1)
+        together = math.ceil(features.shape[1] / _WIDEST)
+        if together == 1:
+            return features
+        return functional.pad(features, (0, -features.shape[1] % together)).view(images, -1, together).mean(dim=2)
 
 
 class Anchors(Heads):
@@ -53,7 +106,7 @@ class Anchors(Heads):
 
     at_once = 1
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def examine(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detector: Any = self.network
         batch, size = _prepared(detector, images)
         features = list(_features(detector, batch).values())
@@ -61,7 +114,8 @@ class Anchors(Heads):
         anchors = detector.anchor_generator(batch, features)[0]
         boxes = self._decode(found["bbox_regression"][0], anchors)
         scores = self._scores({name: output[0] for name, output in found.items()})
-        return _shares(clip_boxes_to_image(boxes, size), size)[None, :, None], scores[None, :, 1:]
+        boxes = _shares(clip_boxes_to_image(boxes, size), size)
+        return boxes[None, :, None], scores[None, :, 1:], features[-1].mean(dim=(2, 3))
 
     def _decode(self, codes: Tensor, anchors: Tensor) -> Tensor:
         detector: Any = self.network
@@ -87,7 +141,7 @@ class Proposals(Heads):
 
     at_once = 1
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def examine(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detector: Any = self.network
         batch, size = _prepared(detector, images)
         features = _features(detector, batch)
@@ -96,7 +150,8 @@ class Proposals(Heads):
         logits, codes = regions.box_predictor(regions.box_head(regions.box_roi_pool(features, [proposals], [size])))
         boxes = clip_boxes_to_image(regions.box_coder.decode(codes, [proposals]), size)
         scores = functional.softmax(logits, dim=-1) * real[:, None].to(logits.dtype)
-        return _shares(boxes, size)[None, :, 1:], scores[None, :, 1:]
+        embedding = list(features.values())[-1].mean(dim=(2, 3))
+        return _shares(boxes, size)[None, :, 1:], scores[None, :, 1:], embedding
 
     def _proposals(self, batch: ImageList, features: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The best boxes of the first stage `[proposals, 4]`, and which of them its suppression leaves."""
@@ -124,11 +179,12 @@ class Proposals(Heads):
         """How far each proposal of ours is from the nearest of theirs, with all of its boxes and scores; the 95th percentile.
 
         Proposals come in the order of their scores, and two that overlap by just the threshold may keep or lose one of them
-        to the last digit of a float: that is no difference of the networks.
+        to the last digit of a float: that is no difference of the networks. Embeddings have to be the same one by one.
         """
         scales = [_scale(output) for output in _by_output(ours)]
         distances = np.concatenate([_distances(one, other, scales) for one, other in zip(ours, theirs, strict=True)])
-        return float(np.percentile(distances, _ALIKE)) if len(distances) else 0.0
+        proposals = float(np.percentile(distances, _ALIKE)) if len(distances) else 0.0
+        return max(proposals, super().difference([outputs[2:] for outputs in ours], [outputs[2:] for outputs in theirs]))
 
 
 def detector(network: nn.Module) -> Heads:
@@ -181,7 +237,7 @@ def _distances(ours: Outputs, theirs: Outputs, scales: Sequence[float]) -> np.nd
 
     def rows(outputs: Outputs) -> np.ndarray[Any, Any]:
         scoring = outputs[1][0].max(axis=1) > 0
-        parts = zip(outputs, scales, strict=True)
+        parts = zip(outputs[:2], scales, strict=False)
         return np.concatenate([(output[0] / scale).reshape(len(scoring), -1)[scoring] for output, scale in parts], axis=1)
 
     one, other = rows(ours), rows(theirs)

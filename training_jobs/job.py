@@ -32,6 +32,7 @@ class _Hyperparameters(msgspec.Struct):
     n_annotations: int
     job_name: str
     champion_version: str = ""
+    champion_annotations: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TrainingJob:
     n_annotations: int
     name: str
     champion_version: int | None
+    champion_annotations: int | None
 
     @classmethod
     def read(cls, folder: Path) -> TrainingJob:
@@ -51,12 +53,14 @@ class TrainingJob:
         file = folder / "input/config/hyperparameters.json"
         try:
             given = msgspec.convert(msgspec.json.decode(file.read_bytes()), _Hyperparameters, strict=False)
-            champion_version = int(given.champion_version) if given.champion_version else None
+            version, annotations = (
+                int(value) if value else None for value in (given.champion_version, given.champion_annotations)
+            )
         except OSError as error:
             raise SettingsError(f"the hyperparameters cannot be read: {error}") from error
         except (msgspec.MsgspecError, ValueError) as error:
             raise SettingsError(f"{file}: {error}") from error
-        return cls(folder, given.model, given.digest, given.n_annotations, given.job_name, champion_version)
+        return cls(folder, given.model, given.digest, given.n_annotations, given.job_name, version, annotations)
 
     @property
     def manifest(self) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -15,7 +16,11 @@ from torchmetrics.functional.classification import binary_f1_score
 from labelloop import problem_types
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Region, Scores
+from training_jobs import decisions, label_quality, paired
+from training_jobs.decisions import Decisions
 from training_jobs.heads import Logits
+from training_jobs.label_quality import LabelQuality
+from training_jobs.paired import Difference, Floats
 
 
 class Multilabel:
@@ -49,8 +54,48 @@ class Multilabel:
             version=version,
         )
 
+    def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
+        return decisions.of_sets(rows, candidates, classes)
+
+    def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:  # noqa: ARG002 - others' depends on it
+        """Every image: that a class is not there is a decision, too."""
+        return True
+
+    def difference(
+        self,
+        truths: Sequence[Sequence[Region]],
+        challenger: Sequence[Sequence[Region]],
+        champion: Sequence[Sequence[Region]],
+        classes: Sequence[str],
+        confidence: float,
+    ) -> Difference:
+        """Of F1 over all decisions, and of each class's."""
+        shown = [len(truths), *(sum(any(region.label == name for region in truth) for truth in truths) for name in classes)]
+        ours, theirs = F1(truths, challenger, classes), F1(truths, champion, classes)
+        return paired.bootstrapped(ours, theirs, shown, classes, confidence)
+
+    def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
+        return label_quality.of_sets(rows, candidates, card)
+
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
         return per_class_plot(result, classes, title, folder)
+
+
+class F1:
+    """F1 of weighed images: over the decisions about all classes, then of each class that an image shows."""
+
+    def __init__(self, truths: Sequence[Sequence[Region]], found: Sequence[Sequence[Region]], classes: Sequence[str]) -> None:
+        strange = {region.label for regions in found for region in regions} - set(classes)
+        names = [*classes, *sorted(strange)]
+        truth, chosen = (_table(images, names).numpy().astype(np.float64) for images in (truths, found))
+        self._hits, self._truth, self._chosen, self._classes = truth * chosen, truth, chosen, len(classes)
+
+    def __call__(self, weights: Floats) -> Floats:
+        hits, truth, chosen = (weights @ table for table in (self._hits, self._truth, self._chosen))
+        with np.errstate(invalid="ignore"):
+            total = 2 * hits.sum(axis=1) / (truth + chosen).sum(axis=1)
+            each = np.where(truth > 0, 2 * hits / (truth + chosen), np.nan)
+        return np.column_stack([total, each[:, : self._classes]])
 
 
 class MultilabelLoss:

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from labelloop.model_config import ModelConfig
 from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region, Scores
 from training_jobs.classification import Classification
+from training_jobs.decisions import Decisions
 from training_jobs.detection import Detection
 from training_jobs.heads import Heads
+from training_jobs.label_quality import LabelQuality
 from training_jobs.multilabel import Multilabel
+from training_jobs.paired import Difference
 
 type Augment = Callable[..., Any]  # of model.py; classification and multilabel: batch → batch, detection: image, target → both
 
@@ -51,6 +54,33 @@ class Problem(Protocol):
 
         `rows` have regions, at least one of them. A label that is none of `classes` (an older model's) is wrong.
         """
+        ...
+
+    def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
+        """What the model decided about images, from all that it took into consideration, and what came true."""
+        ...
+
+    def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:
+        """Whether an image with this truth says something of models that know only the `shared` classes."""
+        ...
+
+    def difference(
+        self,
+        truths: Sequence[Sequence[Region]],
+        challenger: Sequence[Sequence[Region]],
+        champion: Sequence[Sequence[Region]],
+        classes: Sequence[str],
+        confidence: float,
+    ) -> Difference:
+        """How much more the challenger reaches than the champion, with intervals; image by image, all of these `classes`.
+
+        What is kept of either's candidates may hold labels that are none of `classes`: they are wrong.
+        """
+        ...
+
+    def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
+        """How far each image's annotation is to be trusted, by all that a model which never saw the image took into
+        consideration. There is at least one row."""
         ...
 
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The training job: load → build → fit → export → evaluate → record.
+"""The training job: load → build → fit → export → look at images that were not trained on → evaluate → record.
 
 `python -m training_jobs.train` runs in the container; docs/architecture.md ("A training job") has its contract.
 """
@@ -9,8 +9,8 @@ import hashlib
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -18,14 +18,30 @@ import msgspec
 from labelloop import problem_types
 from labelloop.errors import ConfigError, LabelloopError
 from labelloop.inference import Model
-from labelloop.model_config import ModelConfig, ModelConfigs
-from labelloop.records import METRIC_TITLES, Evaluation, HoldoutImage, Metric, ModelCard, Region
+from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
+from labelloop.promotion import judge
+from labelloop.records import (
+    METRIC_TITLES,
+    Evaluation,
+    HoldoutImage,
+    LabelsSaved,
+    ManifestRow,
+    Metric,
+    ModelCard,
+    Region,
+    Split,
+)
 from labelloop.settings import Settings
-from training_jobs import architectures, dataset, network, problem
+from training_jobs import architectures, calibration, dataset, network, out_of_fold, problem, report_page
+from training_jobs.auto_accept import accept_from
+from training_jobs.comparison import compare
 from training_jobs.dataset import Dataset, Pixels
-from training_jobs.export import export
+from training_jobs.embeddings import Embeddings, centroids, embed
+from training_jobs.export import export, stamp
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import TrainingJob, exit_when_stopped, report_failure
+from training_jobs.labels_saved import labels_saved
+from training_jobs.suspicion import suspects
 from training_jobs.tracking import Run
 
 log = logging.getLogger("training_jobs")
@@ -52,8 +68,13 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     with Run(job) as run:
         run.parameters(parameters(job, config, data))
         trained = fit(fresh, data, config, card, augment, job.checkpoint, lambda epoch: note(epoch, metric, run))
-        challenger, parity = export(trained, card, data.test.pixels, job.onnx)
-        evaluation = evaluate(job, config, data, challenger, champion, parity)
+        exported, parity = export(trained, card, data.test.pixels, job.onnx)
+        calibrated = stamp(job.onnx, calibrate(exported, data))
+        unseen = predict_unseen(calibrated, folder, weights, data, job)
+        train_split, holdout = (embed(trained, config.problem_type, part.pixels) for part in (data.train, data.test))
+        challenger = stamp(job.onnx, inform(calibrated.card, unseen, train_split, config))
+        saved = labels_saved(data.train.rows, train_split, data.test.rows, holdout, config)
+        evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity)
         return record(job, evaluation, run)
 
 
@@ -113,17 +134,66 @@ def note(epoch: Epoch, metric: Metric, run: Run) -> None:
         log.info("epoch %d of %d: loss %.3f%s  (%.1f s)", epoch.number, epoch.of, epoch.loss, measured, epoch.seconds)
 
 
+def calibrate(model: Model, data: Dataset) -> ModelCard:
+    """The model's card with the temperature that makes its confidence on the validation split honest."""
+    card, validation = model.card, data.validation
+    temperature = calibration.temperature(card.problem_type, validation.rows, candidates(model, validation.pixels), card.classes)
+    return msgspec.structs.replace(card, temperature=temperature)
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """All that models take into consideration for images that they were not trained on: validation split and holdout, and the
+    train split where out-of-fold models judged it. The holdout comes last."""
+
+    rows: list[ManifestRow]
+    candidates: list[list[Region]]
+
+    def of(self, *splits: Split) -> list[list[Region]]:
+        return [found for row, found in zip(self.rows, self.candidates, strict=True) if row.split in splits]
+
+
+def predict_unseen(model: Model, folder: ModelFolder, weights: Path | None, data: Dataset, job: TrainingJob) -> Unseen:
+    """What the model says of validation split and holdout; and, where the config asks for it, others of the train split."""
+    rows, found = [*data.validation.rows, *data.test.rows], []
+    for examples in (data.validation, data.test):
+        found += candidates(model, examples.pixels)
+    if folder.config.review.limit or folder.config.auto_accept:
+        others = out_of_fold.candidates(folder, weights, data, model.card, job.checkpoint)
+        if others is not None:
+            rows, found = [*data.train.rows, *rows], [*others, *found]
+    return Unseen(rows, found)
+
+
+def inform(card: ModelCard, unseen: Unseen, train_split: Embeddings, config: ModelConfig) -> ModelCard:
+    """The card with what the queue goes by: how certain the model is as a rule, and what kinds of images there are."""
+    accept = config.auto_accept
+    return msgspec.structs.replace(
+        card,
+        certainties=calibration.certainties(card.problem_type, unseen.of("validation", "test"), card),
+        centroids=centroids(train_split, config.queue.clusters, config.hyperparameters.seed),
+        accept_from=accept_from(unseen.rows, unseen.candidates, accept.precision, card) if accept else None,
+    )
+
+
 def evaluate(
-    job: TrainingJob, config: ModelConfig, data: Dataset, challenger: Model, champion: Model | None, parity: float
+    job: TrainingJob,
+    config: ModelConfig,
+    data: Dataset,
+    challenger: Model,
+    champion: Model | None,
+    unseen: Unseen,
+    saved: LabelsSaved | None,
+    parity: float,
 ) -> Evaluation:
     """The report on challenger and champion over the holdout; run and version are not known yet.
 
     Both run as they serve, each on the images as its own card wants them.
     """
-    rows, classes, kind = data.test.rows, config.classes, problem.of(config.problem_type)
-    found = predict(challenger, data.test.pixels)
+    rows, classes, kind, card = data.test.rows, config.classes, problem.of(config.problem_type), challenger.card
+    found = [kind.kept(regions, card) for regions in unseen.of("test")]
     before = predict(champion, dataset.decode(rows, job, config, champion.card)) if champion else None
-    return Evaluation(
+    report = Evaluation(
         model=job.model,
         problem_type=config.problem_type,
         job_name=job.name,
@@ -135,6 +205,7 @@ def evaluate(
         classes=classes,
         challenger=kind.scores(rows, found, classes, version=0),
         champion=kind.scores(rows, before, classes, version=job.champion_version or 0) if before else None,
+        champion_annotations=job.champion_annotations,
         holdout=[
             HoldoutImage(
                 sha256=row.sha256,
@@ -146,14 +217,27 @@ def evaluate(
         ],
         onnx_sha256=hashlib.sha256(job.onnx.read_bytes()).hexdigest(),
         parity=parity,
+        gate=config.gate,
+        comparison=compare(rows, found, before, card, champion.card, config.gate) if champion and before else None,
+        calibration_error=calibration.calibration_error(config.problem_type, rows, unseen.of("test"), classes),
+        labels_saved=saved,
+        accept_from=card.accept_from,
+        suspects=suspects(unseen.rows, unseen.candidates, card, config.review.limit),
     )
+    verdict, reason = judge(report, job.champion_version)
+    return msgspec.structs.replace(report, verdict=verdict, reason=reason)
 
 
-def predict(model: Model, pixels: Pixels) -> Sequence[list[Region]]:
-    """What is kept of the model's candidates for each image, one image a run, as serving does it."""
-    kind = problem.of(model.card.problem_type)
+def candidates(model: Model, pixels: Pixels) -> list[list[Region]]:
+    """All that the model takes into consideration for each image, one image a run, as serving does it."""
     with ThreadPoolExecutor(_RUNS_AT_ONCE) as runs:
-        return [kind.kept(candidates, model.card) for candidates in runs.map(model.candidates, pixels)]
+        return list(runs.map(model.candidates, pixels))
+
+
+def predict(model: Model, pixels: Pixels) -> list[list[Region]]:
+    """What is kept of the model's candidates for each image."""
+    kind = problem.of(model.card.problem_type)
+    return [kind.kept(found, model.card) for found in candidates(model, pixels)]
 
 
 def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
@@ -161,7 +245,8 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
     challenger = evaluation.challenger
     metric, value = challenger.metric, challenger.value
     title = METRIC_TITLES[metric]
-    run.metrics(0, {metric: value, "parity": evaluation.parity})
+    error = {} if evaluation.calibration_error is None else {"calibration_error": evaluation.calibration_error}
+    run.metrics(0, {metric: value, "parity": evaluation.parity, **error})
     with tempfile.TemporaryDirectory() as scratch:
         caption = f"{title} {value:.1%} on {len(evaluation.holdout)} holdout images"
         plot = problem.of(evaluation.problem_type).plot(challenger, evaluation.classes, caption, Path(scratch))
@@ -178,8 +263,13 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
     )
     numbered = msgspec.structs.replace(challenger, version=version)
     complete = msgspec.structs.replace(evaluation, run_id=run.id, challenger=numbered)
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "evaluation.html"
+        report_page.write(complete, page)
+        run.keep(page)
     job.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(complete)))
     run.keep(job.evaluation)
+    log.info("%s: %s", complete.verdict, complete.reason)
     log.info("version %d of %s: %s %.1f %% on %d holdout images", version, job.model, title, 100 * value, len(evaluation.holdout))
     return complete
 

@@ -7,14 +7,16 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+import boto3
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from labelloop.artifacts import Bucket
+from labelloop.artifacts import Bucket, Champions
 from labelloop.ingest import Ingest
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
+from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.settings import Settings
 
 logger = Logger()
@@ -23,7 +25,15 @@ logger = Logger()
 @cache
 def ingest() -> Ingest:
     settings = Settings()
-    return Ingest(ModelConfigs.find(), Bucket(settings.images_bucket), Ledger(settings.ledger_table), connect(settings))
+    prelabel = PrelabelQueue(settings.prelabel_queue, boto3.client("sqs"))
+    return Ingest(
+        ModelConfigs.find(),
+        Bucket(settings.images_bucket),
+        Champions(Bucket(settings.artifacts_bucket)),
+        Ledger(settings.ledger_table),
+        connect(settings),
+        prelabel.send,
+    )
 
 
 @logger.inject_lambda_context

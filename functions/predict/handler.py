@@ -13,7 +13,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import LabelloopError, UnknownModelError, http_status
 from labelloop.model_config import ModelConfigs
-from labelloop.predict import Predictor
+from labelloop.predict import Predictor, TaskPredictor
 from labelloop.settings import Settings
 
 logger = Logger()
@@ -27,15 +27,11 @@ def connect(settings: Settings) -> Any:
 
 @cache
 def predictor() -> Predictor:
-    settings = Settings()
-    return Predictor(
-        ModelConfigs.find(),
-        Bucket(settings.images_bucket),
-        Champions(Bucket(settings.artifacts_bucket)),
-        partial(connect, settings),
-        label_studio_url=settings.label_studio_url,
-        log=logger.warning,
-    )
+    settings, configs = Settings(), ModelConfigs.find()
+    champions = Champions(Bucket(settings.artifacts_bucket))
+    images, url = Bucket(settings.images_bucket), settings.label_studio_url
+    tasks = TaskPredictor(configs, images, champions, partial(connect, settings), label_studio_url=url)
+    return Predictor(configs, champions, tasks, log=logger.warning)
 
 
 @logger.inject_lambda_context(clear_state=True)

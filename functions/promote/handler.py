@@ -12,8 +12,9 @@ from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, pro
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from labelloop.announcements import announce
 from labelloop.artifacts import Bucket
-from labelloop.errors import LabelloopError, ServiceError
+from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
@@ -29,22 +30,11 @@ def promoter() -> Promoter:
     settings = Settings()
     events = boto3.client("events")
 
-    def announce(promotion: Promotion) -> None:
-        answer = events.put_events(
-            Entries=[
-                {
-                    "EventBusName": settings.event_bus,
-                    "Source": "labelloop",
-                    "DetailType": "ModelPromoted" if promotion.verdict == "promote" else "ModelKept",
-                    "Detail": msgspec.json.encode(promotion).decode(),
-                }
-            ]
-        )
-        if answer["FailedEntryCount"]:
-            raise ServiceError(f"EventBridge refused the event: {answer['Entries'][0].get('ErrorMessage')}")
+    def tell(promotion: Promotion) -> None:
+        announce(events, settings.event_bus, "ModelPromoted" if promotion.verdict == "promote" else "ModelKept", promotion)
 
     return Promoter(
-        Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), Registry(settings.mlflow_tracking_uri), announce
+        Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), Registry(settings.mlflow_tracking_uri), tell
     )
 
 

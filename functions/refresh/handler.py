@@ -1,11 +1,11 @@
-"""Promotions from the refresh queue: Label Studio learns which version serves."""
+"""Judged versions from the refresh queue: Label Studio learns which one serves, and its tasks are predicted anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import boto3
 import msgspec
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
@@ -17,8 +17,10 @@ from labelloop.credentials import backend_password
 from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
-from labelloop.records import ModelPromoted
-from labelloop.refresh import refresh
+from labelloop.model_config import ModelConfigs
+from labelloop.prelabel_queue import PrelabelQueue
+from labelloop.records import VersionJudged
+from labelloop.refresh import Refresher
 from labelloop.settings import Settings
 
 logger = Logger()
@@ -26,24 +28,26 @@ processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
 
 
 @cache
-def refresher() -> Callable[[str], str]:
+def refresher() -> Refresher:
     settings = Settings()
-    champions, ledger, label_studio = (
+    return Refresher(
+        ModelConfigs.find(),
         Champions(Bucket(settings.artifacts_bucket)),
         Ledger(settings.ledger_table),
         connect(settings),
+        PrelabelQueue(settings.prelabel_queue, boto3.client("sqs")),
+        partial(backend_password, settings),
     )
-    return lambda model: refresh(model, champions, ledger, label_studio, partial(backend_password, settings))
 
 
 def take(record: SQSRecord) -> None:
-    promoted = msgspec.json.decode(record.body, type=ModelPromoted)
+    judged = msgspec.json.decode(record.body, type=VersionJudged)
     try:
-        title = refresher()(promoted.model)
+        refreshed = refresher()(judged)
     except LabelloopError as error:
-        logger.error("comes again", model=promoted.model, reason=str(error), error=type(error).__name__)
+        logger.error("comes again", model=judged.model, reason=str(error), error=type(error).__name__)
         raise
-    logger.info("refreshed", model=promoted.model, version=title)
+    logger.info("refreshed", model=judged.model, outcome=vars(refreshed))
 
 
 @logger.inject_lambda_context

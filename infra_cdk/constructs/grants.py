@@ -35,10 +35,6 @@ def allow_writing_objects(role: iam.Role, bucket: s3.IBucket, *prefixes: str) ->
     _allow_objects(role, bucket, prefixes, "s3:PutObject", "s3:AbortMultipartUpload")
 
 
-def allow_reading_ledger(role: iam.Role, ledger: dynamodb.ITable) -> None:
-    allow(role, *_LEDGER_READ, on=ledger.table_arn)
-
-
 def allow_writing_ledger(role: iam.Role, ledger: dynamodb.ITable) -> None:
     """Read as well: every write is conditional on what was read."""
     allow(role, *_LEDGER_READ, *_LEDGER_WRITE, on=ledger.table_arn)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from infra_cdk.stage import Stage
 
+INFERENCE_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # functions spread images over the cores themselves
+
 
 def label_studio_environment(stage: Stage) -> dict[str, str]:
     """Without an address `labelloop.settings` says at run time what is missing; synth has warned."""

@@ -10,7 +10,7 @@ from infra_cdk.constructs.grants import allow_reading_objects
 from infra_cdk.constructs.layers import Layers
 from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
-from infra_cdk.stacks.environment import label_studio_environment
+from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
@@ -48,8 +48,7 @@ class ServingStack(cdk.Stack):
                 "LABELLOOP_IMAGES_BUCKET": state.images.bucket_name,
                 "LABELLOOP_ARTIFACTS_BUCKET": state.artifacts.bucket_name,
                 **label_studio_environment(stage),
-                "OMP_NUM_THREADS": "1",  # the function spreads images over the cores itself
-                "OPENBLAS_NUM_THREADS": "1",
+                **INFERENCE_THREADS,
             },
             layers=[layers.core, layers.inference, layers.library, layers.model_configs],
             memory_mb=max(config.serving.memory_mb for config in stage.configs),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import aws_cdk as cdk
 from aws_cdk import aws_events as events
 from aws_cdk import aws_events_targets as targets
 from aws_cdk import aws_iam as iam
+from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
 from infra_cdk.constructs.grants import (
     allow,
-    allow_reading_ledger,
     allow_reading_objects,
     allow_writing_ledger,
     allow_writing_objects,
@@ -21,7 +23,7 @@ from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.queue_worker import QueueWorker
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
 from infra_cdk.constructs.training_jobs import TrainingJobs
-from infra_cdk.stacks.environment import label_studio_environment
+from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
@@ -30,7 +32,7 @@ _SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, a
 
 
 class TrainingStack(cdk.Stack):
-    """Four queues, each worked off by one function, the rules that fill them, and what a training job needs."""
+    """Five queues, each worked off by one function, the rules that fill them, and what a training job needs."""
 
     def __init__(self, scope: Construct, id: str, *, stage: Stage, state: StateStack) -> None:
         super().__init__(scope, id, env=stage.env, description=f"labelloop {stage.name}: ingest, training, promotion")
@@ -49,20 +51,23 @@ class TrainingStack(cdk.Stack):
         )
         retrain = QueueWorker(self, "Retrain", timeout=cdk.Duration.seconds(120), max_concurrency=2)
         promote = QueueWorker(self, "Promote", timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(30), max_concurrency=2)
+        refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        prelabel = QueueWorker(self, "Prelabel", timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
         self.retrain_queue = retrain.queue
 
-        self._add_ingest(ingest)
+        self._add_ingest(ingest, prelabel)
         self._add_retrain(retrain, promote)
         self._add_promote(promote)
-        self._add_refresh(refresh)
+        self._add_refresh(refresh, prelabel)
+        self._add_prelabel(prelabel)
         self._add_rules(ingest=ingest, retrain=retrain, promote=promote, refresh=refresh)
 
-        for name, worker in (("Ingest", ingest), ("Retrain", retrain), ("Promote", promote), ("Refresh", refresh)):
+        workers = {"Ingest": ingest, "Retrain": retrain, "Promote": promote, "Refresh": refresh, "Prelabel": prelabel}
+        for name, worker in workers.items():
             output(self, f"{name}Queue", worker.queue.queue_url)
             output(self, f"{name}QueueDeadLetters", worker.dead_letters.queue_url)
 
-    def _add_ingest(self, worker: QueueWorker) -> None:
+    def _add_ingest(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
             "ingest",
             worker,
@@ -70,13 +75,17 @@ class TrainingStack(cdk.Stack):
             memory_mb=1024,
             environment={
                 "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
+                "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                "LABELLOOP_PRELABEL_QUEUE": prelabel.queue.queue_url,
                 **label_studio_environment(self._stage),
             },
         )
         allow_reading_objects(role, self._state.images, "images/")
+        allow_reading_objects(role, self._state.artifacts, "champions/")
         allow_writing_ledger(role, self._state.ledger)
         allow_reading_label_studio_secret(role, stage=self._stage)
+        allow(role, "sqs:SendMessage", on=prelabel.queue.queue_arn)
 
     def _add_retrain(self, worker: QueueWorker, promote: QueueWorker) -> None:
         role = self._function(
@@ -124,26 +133,57 @@ class TrainingStack(cdk.Stack):
         if self._state.mlflow_app:
             allow_calling_mlflow(role, self._state.mlflow_app)
 
-    def _add_refresh(self, worker: QueueWorker) -> None:
+    def _add_refresh(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
             "refresh",
             worker,
-            description="Tells Label Studio of a promoted version",
+            description="Tells Label Studio which version serves, and has its tasks predicted anew",
             memory_mb=512,
             environment={
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 "LABELLOOP_BACKEND_SECRET_PREFIX": self._stage.backend_secret_prefix,
+                "LABELLOOP_PRELABEL_QUEUE": prelabel.queue.queue_url,
                 **label_studio_environment(self._stage),
             },
         )
-        allow_reading_objects(role, self._state.artifacts, "champions/")
-        allow_reading_ledger(role, self._state.ledger)
+        allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
+        allow_writing_ledger(role, self._state.ledger)  # cases for review
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow_reading_backend_secrets(role, stage=self._stage)  # a change of the backend signs in again
+        allow(role, "sqs:SendMessage", on=prelabel.queue.queue_arn)
+
+    def _add_prelabel(self, worker: QueueWorker) -> None:
+        role = self._function(
+            "prelabel",
+            worker,
+            description="Predicts the tasks that nobody has annotated, which orders the queue",
+            memory_mb=max(config.serving.memory_mb for config in self._stage.configs),
+            environment={
+                "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
+                "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
+                "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
+                "LABELLOOP_PRELABEL_QUEUE": worker.queue.queue_url,
+                **label_studio_environment(self._stage),
+                **INFERENCE_THREADS,
+            },
+            layers=[self._layers.inference],
+        )
+        allow_reading_objects(role, self._state.images, "images/")
+        allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
+        allow_writing_ledger(role, self._state.ledger)  # audits
+        allow_reading_label_studio_secret(role, stage=self._stage)
+        allow(role, "sqs:SendMessage", on=worker.queue.queue_arn)  # to look again at what somebody may have open
 
     def _function(
-        self, name: str, worker: QueueWorker, *, description: str, memory_mb: int, environment: dict[str, str]
+        self,
+        name: str,
+        worker: QueueWorker,
+        *,
+        description: str,
+        memory_mb: int,
+        environment: dict[str, str],
+        layers: Sequence[lambda_.ILayerVersion] = (),
     ) -> iam.Role:
         function = PythonFunction(
             self,
@@ -152,7 +192,7 @@ class TrainingStack(cdk.Stack):
             name=name,
             description=description,
             environment=environment,
-            layers=[self._layers.core, self._layers.library, self._layers.model_configs],
+            layers=[self._layers.core, self._layers.library, self._layers.model_configs, *layers],
             memory_mb=memory_mb,
             timeout=worker.timeout,
         )
@@ -207,29 +247,20 @@ class TrainingStack(cdk.Stack):
         )
         events.Rule(
             self,
-            "ModelPromoted",
-            description="a model has a new champion",
-            event_bus=self._state.event_bus,
-            event_pattern=events.EventPattern(source=["labelloop"], detail_type=["ModelPromoted"]),
-            targets=[
-                targets.SqsQueue(
-                    refresh.queue,
-                    message=events.RuleTargetInput.from_object(
-                        {"model": field("$.detail.model"), "version": field("$.detail.version")}
-                    ),
-                )
-            ],
-        )
-        events.Rule(
-            self,
             "VersionJudged",
-            description="the promotion gate decided: the next training may start",
+            description="the promotion gate, or a person, decided about a version",
             event_bus=self._state.event_bus,
             event_pattern=events.EventPattern(source=["labelloop"], detail_type=["ModelPromoted", "ModelKept"]),
             targets=[
                 targets.SqsQueue(
                     retrain.queue,
                     message=events.RuleTargetInput.from_object({"model": field("$.detail.model"), "action": "VERSION_JUDGED"}),
-                )
+                ),
+                targets.SqsQueue(
+                    refresh.queue,
+                    message=events.RuleTargetInput.from_object(
+                        {"model": field("$.detail.model"), "version": field("$.detail.version")}
+                    ),
+                ),
             ],
         )

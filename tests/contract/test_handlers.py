@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,15 @@ def test_ingest_reports_only_what_shall_come_again(
     bucket: Bucket, ledger: Ledger, label_studio: RecordingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LABELLOOP_IMAGES_BUCKET", bucket.name)
+    monkeypatch.setenv("LABELLOOP_ARTIFACTS_BUCKET", bucket.name)
     monkeypatch.setenv("LABELLOOP_LEDGER_TABLE", ledger._table)
+    monkeypatch.setenv("LABELLOOP_PRELABEL_QUEUE", "http://127.0.0.1:9/queue")
     ledger.set_project("digits", 3)
     bucket.put("images/digits/good.png", examples.png(1))
     bucket.put("images/digits/broken.png", examples.png(2)[:40])
 
     def imports(request: Request) -> Answer:
-        return Answer(201, {"task_ids": list(range(len(request.json)))})
+        return Answer(201, {"task_ids": list(range(len(request.json))), "prediction_count": len(request.json)})
 
     label_studio.answer = imports
     handler = examples.load_handler("ingest")
@@ -313,9 +316,18 @@ def test_a_promotion_that_lost_a_race_comes_again(monkeypatch: pytest.MonkeyPatc
     assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1"]
 
 
+@pytest.fixture
+def prelabel_queue(aws: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty queue that the environment names."""
+    url = str(boto3.client("sqs").create_queue(QueueName=f"prelabel-{uuid.uuid4().hex}")["QueueUrl"])
+    monkeypatch.setenv("LABELLOOP_PRELABEL_QUEUE", url)
+    return url
+
+
 def test_refresh_renames_the_backend_to_what_serves_now(
-    bucket: Bucket, ledger: Ledger, label_studio: RecordingServer, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket, ledger: Ledger, label_studio: RecordingServer, prelabel_queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("labelloop.review.offer", lambda *_: 0)
     monkeypatch.setenv("LABELLOOP_ARTIFACTS_BUCKET", bucket.name)
     monkeypatch.setenv("LABELLOOP_LEDGER_TABLE", ledger._table)
     prefix = f"labelloop/test/{uuid.uuid4().hex}/"
@@ -329,12 +341,54 @@ def test_refresh_renames_the_backend_to_what_serves_now(
     def answer(request: Any) -> Answer:
         if request.method == "PATCH":
             backend["title"] = request.json["title"]
+        if request.path.startswith("/api/tasks"):
+            return Answer(body={"tasks": [] if "%22value%22%3A+9%7D" in request.path else [{"id": 8}, {"id": 9}]})
         return Answer(body=[backend] if request.method == "GET" else {})
 
     label_studio.answer = answer
     handler = examples.load_handler("refresh")
-    messages = [{"model": "digits", "version": 4}, {"model": "faces", "version": 1}, "no json"]
+    messages = [{"model": "digits", "version": 4}, {"model": "unknown", "version": 1}, "no json"]
     assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1", "m2"]
     assert label_studio.paths == ["GET /api/ml?project=3", "PATCH /api/ml/9", "GET /api/ml?project=3"]
     assert label_studio.requests[1].json["title"] == "digits v5", "what serves, not what the event says"
     assert label_studio.requests[1].json["basic_auth_pass"] == "its own"
+
+    assert failures(handler.handler(sqs_event({"model": "digits", "version": 5}), LambdaContext())) == []
+    assert heard(prelabel_queue) == {"model": "digits", "after": 0, "upto": 9}
+
+
+def test_prelabel_looks_again_later_at_what_somebody_may_have_open(
+    bucket: Bucket, ledger: Ledger, label_studio: RecordingServer, prelabel_queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = examples.brightness_model()
+    bucket.put(artifacts.onnx_key("digits", 1), onnx)
+    Champions(bucket).swap(examples.champion(1, onnx), tag=None)
+    bucket.put("images/digits/a.png", examples.png(4))
+    for name in ("ARTIFACTS_BUCKET", "IMAGES_BUCKET"):
+        monkeypatch.setenv(f"LABELLOOP_{name}", bucket.name)
+    monkeypatch.setenv("LABELLOOP_LEDGER_TABLE", ledger._table)
+    ledger.set_project("digits", 3)
+    written: list[Request] = []
+    stored: list[dict[str, Any]] = [
+        {"id": number, "task": 8, "model_version": version, "score": 0.5, "cluster": None, "result": []}
+        for number, version in ((20, "digits v0"), (21, "digits v1"))
+    ]
+
+    def answer(request: Request) -> Answer:
+        if request.method == "PATCH":
+            written.append(request)
+            (changed,) = (one for one in stored if request.path == f"/api/predictions/{one['id']}/")
+            changed.update(request.json)
+            return Answer(body={})
+        task = {"id": 8, "data": {"image": f"s3://{bucket.name}/images/digits/a.png"}, "meta": {"group": "a" * 64}}
+        now = datetime.now(UTC).isoformat()
+        return Answer(body={"tasks": [{**task, "predictions": [{**p, "created_at": now, "updated_at": now} for p in stored]}]})
+
+    label_studio.answer = answer
+    handler = examples.load_handler("prelabel")
+    messages = [{"model": "digits", "after": 0, "upto": 9}, "no json", {"model": "nobody", "after": 0, "upto": 1}]
+    assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1", "m2"]
+    assert {request.json["model_version"] for request in written} == {"digits v1"}
+    assert [region["value"]["choices"] for request in written for region in request.json["result"]] == [["4"]] * 2
+    attributes = boto3.client("sqs").get_queue_attributes(QueueUrl=prelabel_queue, AttributeNames=["All"])["Attributes"]
+    assert attributes["ApproximateNumberOfMessagesDelayed"] == "1"

@@ -26,8 +26,11 @@ FUNCTIONS = {
     "ingest": {
         "s3:GetObject Images images/*",
         "s3:ListBucket Images",
+        "s3:GetObject Artifacts champions/*",
+        "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
         "dynamodb rw",
+        "sqs:SendMessage",
     },
     "predict": {
         "s3:GetObject Images images/*",
@@ -64,10 +67,22 @@ FUNCTIONS = {
     },
     "refresh": {
         "s3:GetObject Artifacts champions/*",
+        "s3:GetObject Artifacts models/*",
         "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
         "secretsmanager:GetSecretValue backend/*",
-        "dynamodb r",
+        "dynamodb rw",
+        "sqs:SendMessage",
+    },
+    "prelabel": {
+        "s3:GetObject Images images/*",
+        "s3:ListBucket Images",
+        "s3:GetObject Artifacts champions/*",
+        "s3:GetObject Artifacts models/*",
+        "s3:ListBucket Artifacts",
+        "secretsmanager:GetSecretValue label-studio-??????",
+        "dynamodb rw",
+        "sqs:SendMessage",
     },
 }
 # Every function's own log, traces and queue.
@@ -109,7 +124,7 @@ def test_a_function_may_do_what_it_does_and_no_more(prod: Templates, function: s
 
 def test_no_two_functions_share_a_role(either: Templates) -> None:
     roles = [flat(f["Properties"]["Role"]) for f in either.functions.values()]
-    assert len(roles) == len(set(roles)) == 6
+    assert len(roles) == len(set(roles)) == 7
 
 
 def test_a_training_job_may_read_its_inputs_and_write_its_outputs(prod: Templates) -> None:

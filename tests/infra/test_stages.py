@@ -34,7 +34,8 @@ def documented_environment() -> dict[str, set[str]]:
         for name, cell in zip(names, row[1:], strict=True):
             if "✓" in cell:
                 table[name] |= set(re.findall(r"`([A-Z_]+)`", row[0]))
-    table["predict"] |= THREADS
+    for name in ("predict", "prelabel"):
+        table[name] |= THREADS
     return table
 
 

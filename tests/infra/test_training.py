@@ -9,7 +9,13 @@ import pytest
 
 from tests.infra.templates import Resource, Template, Templates, flat
 
-WORKERS = {"ingest": (100, 5, 4), "retrain": (10, None, 2), "promote": (10, None, 2), "refresh": (10, None, 2)}
+WORKERS = {
+    "ingest": (100, 5, 4),
+    "retrain": (10, None, 2),
+    "promote": (10, None, 2),
+    "refresh": (10, None, 2),
+    "prelabel": (1, None, 2),
+}
 
 
 def queue_of(template: Template, worker: str) -> tuple[str, Resource]:
@@ -124,12 +130,27 @@ def test_a_jobs_end_is_one_of_this_stage(stage: str, sources: list[str], request
     }
 
 
-def test_refresh_is_told_of_a_promotion_with_a_number_for_a_version(either: Templates) -> None:
+def test_refresh_is_told_of_a_decision_with_a_number_for_a_version(either: Templates) -> None:
     (transformed,) = target_bodies(either.training, "refresh")
     assert transformed["InputTemplate"] == '{"model":<detail-model>,"version":<detail-version>}'
-    rule = rule_of(either.training, "ModelPromoted")
-    assert rule["EventPattern"] == {"source": ["labelloop"], "detail-type": ["ModelPromoted"]}
-    assert "EventBus" in flat(rule["EventBusName"])
+    assert "EventBus" in flat(rule_of(either.training, "VersionJudged")["EventBusName"])
+
+
+@pytest.mark.parametrize("function", ["ingest", "refresh", "prelabel"])
+def test_who_fills_the_prelabel_queue_knows_where_it_is(either: Templates, function: str) -> None:
+    name, _ = queue_of(either.training, "prelabel")
+    variables = either.training.functions[function]["Properties"]["Environment"]["Variables"]
+    assert variables["LABELLOOP_PRELABEL_QUEUE"] == {"Ref": name}
+
+
+def test_no_rule_fills_the_prelabel_queue(either: Templates) -> None:
+    assert target_bodies(either.training, "prelabel") == []
+
+
+def test_prelabel_runs_models_and_the_other_workers_do_not(either: Templates) -> None:
+    layers = {name: len(function["Properties"]["Layers"]) for name, function in either.training.functions.items()}
+    assert layers == {"ingest": 3, "retrain": 3, "promote": 3, "refresh": 3, "prelabel": 4}
+    assert either.training.functions["prelabel"]["Properties"]["MemorySize"] == 1769
 
 
 def test_the_training_job_gets_its_code_whole_and_clean(either: Templates) -> None:

@@ -12,7 +12,7 @@ import psutil
 import urllib3
 from typer.testing import CliRunner
 
-from cli.demo import ask_about_holdout
+from cli.demo import ask_about_holdout, groups_of
 from cli.main import app
 from cli.status import read_status
 from labelloop import artifacts, problem_types
@@ -90,7 +90,8 @@ def test_the_holdout_is_never_trained_on(loop: Loop, first_version: Promotion) -
     manifest = loop.deployment.artifacts.get(artifacts.manifest_key(loop.model, training.job.digest))
     assert manifest is not None
     rows = [msgspec.json.decode(line, type=ManifestRow) for line in manifest.splitlines()]
-    holdout = {digit.sha256 for digit in loop.data if split_of(digit.sha256, loop.folder.config.splits) == "test"}
+    groups = groups_of(loop.deployment, loop.folder)
+    holdout = {digit.sha256 for digit in loop.data if split_of(groups[digit.sha256], loop.folder.config.splits) == "test"}
     trained = {row.sha256 for row in rows if row.split != "test"}
     assert len(rows) == FIRST
     assert holdout
@@ -103,7 +104,7 @@ def test_the_holdout_is_never_trained_on(loop: Loop, first_version: Promotion) -
 
 def test_label_studio_stores_predictions_of_the_version_once(loop: Loop, first_version: Promotion) -> None:
     """Opening a task asks for its prediction; opening it again does not double it."""
-    _wait_for_title(loop, "digits v1")
+    loop.wait_until_predicted(1)
     _, task = loop.annotator.tasks[-3]
     for _ in range(2):
         predictions = _open_task(loop, task)["predictions"]

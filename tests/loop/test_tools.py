@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from cli.deployment import Deployment
 from cli.doctor import Check, examine
-from cli.label_studio_project import STORAGE_TITLE, set_up_project
+from cli.label_studio_project import QUEUE_TAB, STORAGE_TITLE, set_up_project
 from cli.main import app
 from labelloop.artifacts import s3_uri
 from labelloop.errors import ConfigError
@@ -207,6 +207,11 @@ def _moved_storage(project: Project) -> None:
     _double(project, "storages/s3", prefix="images/old/", title=STORAGE_TITLE, **_keys(project))
 
 
+def _without_the_queue(project: Project) -> None:
+    tabs = project.label_studio.tabs(project.number)
+    project.api("DELETE", f"/api/dm/views/{tabs[QUEUE_TAB]}/")
+
+
 # What is wrong, how it came so, which check says so, and which changes set-up reports.
 SABOTAGE: dict[str, tuple[Callable[[Project], object], str, list[str]]] = {
     "webhook removed": (
@@ -286,6 +291,7 @@ SABOTAGE: dict[str, tuple[Callable[[Project], object], str, list[str]]] = {
         "settings",
         ["updated the project: title, sampling"],
     ),
+    "tab removed": (_without_the_queue, "queue", ["added the tab 'Queue'"]),
     "pre-annotations switched off": (
         lambda p: p.api("PATCH", f"/api/projects/{p.number}", {"show_collab_predictions": False}),
         "settings",
@@ -410,7 +416,7 @@ def test_the_check_finds_a_wrong_token(project: Project, monkeypatch: pytest.Mon
         assert deployment.outputs["LabelStudioSecret"] in checks["token"].message
         assert "Account & Settings" in checks["token"].message
         assert [name for name, check in checks.items() if check.state == "not checked"] == [
-            *("project", "settings", "image storage", "webhook", "ML backend", "sign-in", "image", "prediction")
+            *("project", "settings", "queue", "image storage", "webhook", "ML backend", "sign-in", "image", "prediction")
         ]
         assert {checks[name].state for name in ("Label Studio", "health", "setup", "door", "CORS")} == {"pass"}
 

@@ -37,6 +37,7 @@ def manifest_rows(examples: Sequence[Example], config: ModelConfig | None = None
         ManifestRow(
             image=s3_uri("images", config.images_prefix + example.name),
             sha256=example.sha256,
+            group=example.sha256,
             regions=example.truth,
             split=split_of(example.sha256, config.splits),
             annotation=f"annotation-{number}",
@@ -74,6 +75,7 @@ class OptMl:
             "n_annotations": str(len(rows)),
             "job_name": job_name,
             "champion_version": str(champion[0]) if champion else "",
+            "champion_annotations": "1" if champion else "",
         }
         (self.folder / "input/config/hyperparameters.json").write_bytes(msgspec.json.encode(hyperparameters))
         if champion:

@@ -102,6 +102,9 @@ def test_onnx_finds_what_torchvision_finds(
 
     model, difference = export(network, card, pixels, tmp_path / "model.onnx")
     assert difference < 1e-4
+    one, other = (model.examine(pixels[number]).embedding for number in range(2))
+    assert one.shape == other.shape
+    assert not np.allclose(one, other)
     for number, theirs in enumerate(expected):
         ours = model.candidates(pixels[number])
         assert len(ours) == len(theirs)
@@ -123,15 +126,22 @@ def test_another_network_is_refused() -> None:
 
 
 def test_proposals_are_compared_without_their_order() -> None:
-    """The same rows in another order are no difference; a shifted box is one."""
+    """The same rows in another order are no difference; a shifted box is one, and another embedding."""
     compared = heads.Proposals(nn.Identity())
     generator = np.random.default_rng(0)
     boxes, scores = generator.random((1, 40, 2, 4), dtype=np.float32), generator.random((1, 40, 2), dtype=np.float32)
+    embedding = generator.random((1, 8), dtype=np.float32)
     order = generator.permutation(40)
-    assert compared.difference([[boxes, scores]], [[boxes[:, order], scores[:, order]]]) == 0
-    assert compared.difference([[boxes, scores]], [[boxes + 0.01, scores]]) == pytest.approx(0.01 / boxes.max(), rel=0.01)
-    assert compared.difference([[boxes, scores]], [[boxes, scores * 0]]) == 1
-    assert compared.difference([[boxes, scores * 0]], [[boxes, scores * 0]]) == 0
+
+    def difference(*theirs: np.ndarray[Any, np.dtype[np.float32]]) -> float:
+        return compared.difference([[boxes, scores, embedding]], [list(theirs)])
+
+    assert difference(boxes[:, order], scores[:, order], embedding) == 0
+    assert difference(boxes + 0.01, scores, embedding) == pytest.approx(0.01 / boxes.max(), rel=0.01)
+    assert difference(boxes, scores * 0, embedding) == 1
+    assert difference(boxes, scores, embedding[:, ::-1]) > 0.1
+    nothing = [[boxes, scores * 0, embedding]]
+    assert compared.difference(nothing, nothing) == 0
 
 
 def _pixels(config: ModelConfig) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -156,7 +166,8 @@ def _learn(network: Network, pixels: np.ndarray[Any, np.dtype[np.uint8]], config
         network.rpn.score_thresh = 0.0  # as many proposals as there may be
     regions = [Region(label=name, box=(0.1 + 0.2 * n, 0.2, 0.4 + 0.2 * n, 0.7)) for n, name in enumerate(config.classes)]
     rows = [
-        ManifestRow(image="", sha256="", regions=some, split="train", annotation="", task=0) for some in (regions, regions[:1])
+        ManifestRow(image="", sha256="", group="", regions=some, split="train", annotation="", task=0)
+        for some in (regions, regions[:1])
     ]
     loss = problem.of("detection").loss(rows, config, architectures.augmentation(config))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)

@@ -31,7 +31,7 @@ NEW: list[ProblemTypeName] = ["multilabel", "detection"]
 
 
 def row(*regions: Region) -> ManifestRow:
-    return ManifestRow(image="", sha256="", regions=list(regions), split="test", annotation="", task=0)
+    return ManifestRow(image="", sha256="", group="", regions=list(regions), split="test", annotation="", task=0)
 
 
 def labels(*names: str) -> list[Region]:
@@ -180,6 +180,7 @@ def test_a_job_learns_and_reports_what_serving_says(
         "evaluation.json",
         "per_class.json",
         "per_class.png",
+        "evaluation.html",
     }
 
 

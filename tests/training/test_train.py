@@ -119,7 +119,7 @@ def test_mlflow_holds_the_run_and_the_version(finished: OptMl, mlflow: MlflowCli
         range(1, EPOCHS + 1)
     )
     kept = {file.path for file in mlflow.list_artifacts(report.run_id)}
-    assert kept == {"model.onnx", "manifest.jsonl", "evaluation.json", "confusion.json", "confusion.png"}
+    assert kept == {"model.onnx", "manifest.jsonl", "evaluation.json", "evaluation.html", "confusion.json", "confusion.png"}
     version = mlflow.get_model_version("digits", str(report.challenger.version))
     assert version.run_id == report.run_id
     assert version.tags == {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labelloop import dataset
 from labelloop.dataset import split_of
-from labelloop.label_studio.payloads import AnnotatedTask
+from labelloop.label_studio.payloads import AnnotatedTask, model_annotation_id
 from labelloop.model_config import Splits
 from labelloop.records import ManifestRow, Region, Snapshot, Split
 from tests import examples
@@ -175,8 +175,83 @@ def test_rows_say_what_training_needs() -> None:
     assert row == ManifestRow(
         image="s3://images/images/digits/a.png",
         sha256=sha256("a"),
+        group=sha256("a"),
         regions=[Region(label="7")],
         split=split_of(sha256("a"), examples.DIGITS.splits),
         annotation="annotation-5",
         task=5,
     )
+
+
+# Images of the digits' config by the split of their content, in abundance.
+BY_SPLIT: dict[Split, list[str]] = {"train": [], "validation": [], "test": []}
+for _number in range(60):
+    BY_SPLIT[split_of(sha256(str(_number)), DIGITS.splits)].append(str(_number))
+
+
+def looking_like(group: str, *others: str, content: str = "copy", number: int = 1) -> AnnotatedTask:
+    """A task whose image joined the group of one image and resembles those of others; contents stand for them."""
+    meta = {"sha256": sha256(content), "group": sha256(group), "resembles": [sha256(other) for other in others]}
+    return annotated_task(number, "7", content=content, meta=meta)
+
+
+@pytest.mark.parametrize("split", BY_SPLIT)
+def test_an_image_is_in_the_split_of_the_image_that_it_looks_like(split: Split) -> None:
+    like = BY_SPLIT[split][0]
+    for content in BY_SPLIT["train"][1], BY_SPLIT["validation"][1], BY_SPLIT["test"][1]:
+        [row], skipped = rows(looking_like(like, content=content))
+        assert (row.split, row.group, row.sha256, skipped) == (split, sha256(like), sha256(content), {})
+
+
+@pytest.mark.parametrize(
+    ("group", "others", "kept"),
+    [
+        ("train", ["test"], False),
+        ("test", ["train"], False),
+        ("validation", ["train", "test"], False),
+        ("train", ["train", "validation"], True),
+        ("test", ["test"], True),
+    ],
+)
+def test_an_image_between_the_holdout_and_another_split_is_left_out(group: Split, others: list[Split], kept: bool) -> None:
+    task = looking_like(BY_SPLIT[group][0], *(BY_SPLIT[other][1] for other in others))
+    found, skipped = rows(task, annotated_task(2))
+    assert len(found) == (2 if kept else 1)
+    assert skipped == ({} if kept else {"the image resembles images of the holdout and of another split": 1})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "seen"),
+    [
+        ({"model_version": "digits v3", "score": 0.5, "result": []}, 3),
+        ({"model_version": "digits v0", "score": 0.5, "result": []}, 0),
+        ({"model_version": "another model", "score": 0.5, "result": []}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_a_row_says_which_versions_prediction_the_annotator_saw(prediction: object, seen: int | None) -> None:
+    task = annotated_task(1)
+    annotation = msgspec.structs.replace(task.annotations[0], prediction=prediction)
+    [row], _ = rows(msgspec.structs.replace(task, annotations=[annotation]))
+    assert row.seen == seen
+
+
+def accepted(content: str, project: int = 1) -> AnnotatedTask:
+    """A task whose annotation auto-accept has made."""
+    task = annotated_task(1, content=content, unique_id=model_annotation_id(project, sha256(content)))
+    annotation = msgspec.structs.replace(task.annotations[0], created_at=task.annotations[0].updated_at)
+    return msgspec.structs.replace(task, annotations=[annotation])
+
+
+def test_what_a_model_annotated_is_marked_and_never_in_the_holdout() -> None:
+    [row], skipped = rows(accepted(BY_SPLIT["train"][0]))
+    assert (row.by_model, row.split, skipped) == (True, "train", {})
+    assert rows(accepted(BY_SPLIT["test"][0])) == ([], {"the image is of the holdout, and no person has annotated it": 1})
+    [row], _ = rows(annotated_task(1, content=BY_SPLIT["test"][0]))
+    assert not row.by_model
+
+
+@pytest.mark.parametrize(("images", "points"), [(300, 0.0358), (400, 0.0310), (10_000, 0.0062), (0, 1.0)])
+def test_more_holdout_images_tell_finer_differences_apart(images: int, points: float) -> None:
+    assert dataset.resolution(images) == pytest.approx(points, abs=5e-5)

@@ -55,6 +55,7 @@ class LabelStudio:
     webhooks: dict[int, dict[str, Any]] = field(default_factory=dict)
     ml: dict[int, dict[str, Any]] = field(default_factory=dict)
     storages: dict[int, dict[str, Any]] = field(default_factory=dict)
+    views: dict[int, dict[str, Any]] = field(default_factory=dict)
     tasks: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, request: Request) -> Answer:
@@ -72,10 +73,10 @@ class LabelStudio:
         if path.endswith("/resolve"):
             address = base64.urlsafe_b64decode(asked["fileuri"][0]).decode()
             return Answer(303, b"", {"Location": self.presign(address)})
-        match = re.fullmatch(r"(projects|webhooks|ml|storages/s3)(?:/(\d+))?", path)
+        match = re.fullmatch(r"(projects|webhooks|ml|storages/s3|dm/views)(?:/(\d+))?", path)
         assert match is not None, request.path
         kind, number = match[1], int(match[2] or 0)
-        return self._rest({"storages/s3": "storages"}.get(kind, kind), number, request, asked)
+        return self._rest({"storages/s3": "storages", "dm/views": "views"}.get(kind, kind), number, request, asked)
 
     def _rest(self, kind: str, number: int, request: Request, asked: dict[str, list[str]]) -> Answer:
         rows: dict[int, dict[str, Any]] = getattr(self, kind)
@@ -251,6 +252,7 @@ def test_a_project_of_every_problem_type_is_set_up_once(stage: Stage) -> None:
         ["added", "the", "image"],
         ["added", "the", "webhook"],
         ["connected", "the", "ML"],
+        ["added", "the", "tab"],
     ]
     studio = stage.label_studio
     assert studio.projects[1]["label_config"] == stage.folder.template.strip()
@@ -379,6 +381,18 @@ def test_a_password_that_label_studio_has_wrong_is_told(set_up: Stage) -> None:
     assert set_up.failing() == {}
 
 
+def test_a_missing_queue_is_told_and_made_anew_beside_what_people_have(set_up: Stage) -> None:
+    views = set_up.label_studio.views
+    assert [view["data"]["title"] for view in views.values()] == ["Default", "Queue"]
+    views[2]["data"]["title"] = "mine"
+    assert "labelloop setup-label-studio-project pets" in set_up.failing()["queue"]
+    assert set_up_project(set_up.deployment, set_up.folder).changes == ["added the tab 'Queue'"]
+    assert [view["data"]["title"] for view in views.values()] == ["Default", "mine", "Queue"]
+    views[3]["data"]["ordering"] = []  # whoever likes it better so
+    assert set_up.failing() == {}
+    assert set_up_project(set_up.deployment, set_up.folder).changes == []
+
+
 def test_somebody_elses_backend_in_first_place_is_told(set_up: Stage) -> None:
     theirs = {**set_up.label_studio.ml[1], "id": 0, "url": "https://example.org/theirs"}
     set_up.label_studio.ml = {0: theirs, **set_up.label_studio.ml}
@@ -391,7 +405,7 @@ def test_a_deleted_project_is_told_and_what_stands_on_it_is_not_checked(set_up: 
     set_up.label_studio.projects.clear()
     checks = set_up.checks()
     assert "does not exist in Label Studio any more" in checks["project"].message
-    for name in ("settings", "image storage", "webhook", "ML backend", "sign-in", "image", "prediction"):
+    for name in ("settings", "queue", "image storage", "webhook", "ML backend", "sign-in", "image", "prediction"):
         assert (checks[name].state, checks[name].message) == ("not checked", "it stands on what 'project' says")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import msgspec
 import numpy as np
 import onnx
@@ -10,7 +13,7 @@ import pytest
 from labelloop.errors import ImageError, ModelError
 from labelloop.inference import Model, ModelCache
 from labelloop.records import ModelCard
-from tests.examples import DIGITS, brightness_model, model_card, png, quadrant_model
+from tests.examples import DIGITS, brightness_model, grey, model_card, png, quadrant_model
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,23 @@ def test_a_batch_gives_what_single_images_give(model: Model) -> None:
     assert together.shape == (10, 10)
     apart = np.concatenate([model.run(image[np.newaxis])[0] for image in batch])
     np.testing.assert_allclose(together, apart, rtol=1e-6)
+
+
+def test_an_image_is_examined_in_one_run(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, session = 0, model._session
+
+    def run(*given: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return session.run(*given)
+
+    monkeypatch.setattr(model, "_session", SimpleNamespace(run=run))
+    pixels = model.pixels(png(3))
+    candidates, embedding = model.examine(pixels)
+    assert runs == 1
+    assert candidates == model.candidates(pixels)
+    assert embedding.dtype == np.float32
+    np.testing.assert_allclose(embedding, [grey(3)])
 
 
 def test_a_broken_image_is_an_image_error(model: Model) -> None:
@@ -73,6 +93,13 @@ def test_a_detector_that_does_not_say_how_its_boxes_are_sifted_is_refused() -> N
     card = msgspec.json.decode(file.metadata_props[0].value, type=ModelCard)
     file.metadata_props[0].value = msgspec.json.encode(msgspec.structs.replace(card, boxes=None)).decode()
     with pytest.raises(ModelError, match="how its boxes are sifted"):
+        Model(file.SerializeToString())
+
+
+def test_a_file_without_an_embedding_is_refused() -> None:
+    file = onnx.load_model_from_string(brightness_model())
+    del file.graph.output[1]
+    with pytest.raises(ModelError, match="train a new version"):
         Model(file.SerializeToString())
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import random
+import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,12 +13,15 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
+from cli.examples import digits
 from labelloop import imaging
-from labelloop.artifacts import Bucket, parse_s3_uri
+from labelloop.active_learning import stream_of
+from labelloop.artifacts import Bucket, Champions, parse_s3_uri
 from labelloop.errors import StorageError
 from labelloop.ingest import Ingest, Outcome
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
+from labelloop.records import TaskRange
 from tests import examples
 from tests.examples import png, sha256
 from tests.fake_label_studio import FakeLabelStudio
@@ -38,9 +45,20 @@ class Intake:
     ledger: Ledger
     label_studio: FakeLabelStudio = field(default_factory=FakeLabelStudio)
     configs: ModelConfigs = examples.CONFIGS
+    prelabelled: list[TaskRange] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ledger.set_project("digits", 1)
+
+    @property
+    def champions(self) -> Champions:
+        return Champions(self.bucket)
+
+    @property
+    def ingest(self) -> Ingest:
+        """A fresh function."""
+        label_studio = cast(Any, self.label_studio)
+        return Ingest(self.configs, self.bucket, self.champions, self.ledger, label_studio, self.prelabelled.extend)
 
     def put(self, name: str, data: bytes) -> str:
         key = f"images/digits/{name}"
@@ -49,8 +67,7 @@ class Intake:
 
     def take(self, *keys: str) -> Outcome:
         """Deliver one event a key as one batch, in a fresh function."""
-        ingest = Ingest(self.configs, self.bucket, self.ledger, cast(Any, self.label_studio))
-        return ingest((f"m{number}", created(key)) for number, key in enumerate(keys))
+        return self.ingest((f"m{number}", created(key)) for number, key in enumerate(keys))
 
     @property
     def images(self) -> list[str]:
@@ -76,12 +93,9 @@ def test_an_image_becomes_a_task_that_names_its_content(intake: Intake) -> None:
     key = intake.put("a.png", data)
     outcome = intake.take(key)
     assert outcome == Outcome(created=[key])
-    assert intake.label_studio.tasks == [
-        {
-            "data": {"image": f"s3://{intake.bucket.name}/images/digits/a.png"},
-            "meta": {"sha256": sha256(data), "width": 24, "height": 18},
-        }
-    ]
+    [task] = intake.label_studio.tasks
+    assert task["data"] == {"image": f"s3://{intake.bucket.name}/images/digits/a.png"}
+    assert task["meta"] == {"sha256": sha256(data), "width": 24, "height": 18, "group": sha256(data)}
 
 
 def test_a_batch_is_one_import(intake: Intake) -> None:
@@ -164,8 +178,7 @@ def test_a_key_that_cannot_be_read_is_refused_and_does_not_come_again(intake: In
 
 
 def test_events_of_other_forms_are_refused(intake: Intake) -> None:
-    ingest = Ingest(examples.CONFIGS, intake.bucket, intake.ledger, cast(Any, intake.label_studio))
-    outcome = ingest([("m0", {"Service": "Amazon S3", "Event": "s3:TestEvent"}), ("m1", {}), ("m2", {"detail": None})])
+    outcome = intake.ingest([("m0", {"Service": "Amazon S3", "Event": "s3:TestEvent"}), ("m1", {}), ("m2", {"detail": None})])
     assert list(outcome.refused) == [""]
     assert outcome.again == {}
 
@@ -173,13 +186,13 @@ def test_events_of_other_forms_are_refused(intake: Intake) -> None:
 def test_a_notification_of_the_older_form_is_read(intake: Intake) -> None:
     key = intake.put("with space.png", png())
     event = {"Records": [{"s3": {"object": {"key": "images/digits/with+space.png"}}}]}
-    ingest = Ingest(examples.CONFIGS, intake.bucket, intake.ledger, cast(Any, intake.label_studio))
-    assert ingest([("m0", event)]).created == [key]
+    assert intake.ingest([("m0", event)]).created == [key]
 
 
 def test_before_the_project_is_set_up_everything_comes_again(bucket: Bucket, ledger: Ledger) -> None:
     bucket.put("images/digits/a.png", png())
-    outcome = Ingest(examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()))([("m0", created("images/digits/a.png"))])
+    ingest = Ingest(examples.CONFIGS, bucket, Champions(bucket), ledger, cast(Any, FakeLabelStudio()), lambda _: None)
+    outcome = ingest([("m0", created("images/digits/a.png"))])
     assert "setup-label-studio-project" in outcome.again["m0"]
 
 
@@ -267,3 +280,119 @@ def test_one_models_broken_config_does_not_stop_the_others(intake: Intake, tmp_p
     outcome = intake.take("images/faces/a.png", key)
     assert outcome.created == [key]
     assert "faces" in outcome.again["m0"]
+
+
+# Content groups
+
+
+def picture(seed: int) -> Image.Image:
+    """A grey picture of 96 × 96 pixels, of 36 fields; of each seed another one."""
+    fields = Image.frombytes("L", (6, 6), random.Random(seed).randbytes(36))
+    return fields.resize((96, 96), Image.Resampling.NEAREST)
+
+
+def test_a_near_duplicate_gets_a_task_of_its_own_in_the_group_of_the_first(intake: Intake) -> None:
+    original = examples.encoded(picture(1), "PNG")
+    copy = examples.encoded(picture(1).resize((64, 64)), "JPEG", quality=60)
+    other = examples.encoded(picture(2), "PNG")
+    keys = [intake.put(name, data) for name, data in (("a.png", original), ("b.png", other))]
+    assert intake.take(*keys).created == keys
+    late = intake.put("copy.jpg", copy)
+    assert intake.take(late).created == [late]
+    assert [task["meta"]["group"] for task in intake.label_studio.tasks] == [sha256(original), sha256(other), sha256(original)]
+    assert not any("resembles" in task["meta"] for task in intake.label_studio.tasks)
+
+
+def test_a_crash_before_the_import_changes_no_group(intake: Intake, clock: list[float]) -> None:
+    one, copy = examples.encoded(picture(1), "PNG"), examples.encoded(picture(1), "BMP")
+    intake.label_studio.down = {"import_tasks"}
+    assert intake.take(intake.put("a.png", one)).again
+    intake.label_studio.down = set()
+    clock[0] += 100
+    intake.take(intake.put("copy.bmp", copy), "images/digits/a.png")
+    assert {task["meta"]["group"] for task in intake.label_studio.tasks} == {sha256(one)}
+
+
+# Places in the queue
+
+
+def digits_of(stream: str, count: int) -> list[bytes]:
+    """Scanned digits whose own groups are of a stream."""
+    found = (digit.image for digit in digits.load() if stream_of(digit.sha256, examples.DIGITS) == stream)
+    return list(itertools.islice(found, count))
+
+
+def test_before_the_first_version_what_is_like_none_before_comes_first(intake: Intake) -> None:
+    active = digits_of("active", 40)
+    intake.take(*(intake.put(f"{number:02}.png", data) for number, data in enumerate(active)))
+    pictures = (examples.encoded(picture(seed), "PNG") for seed in itertools.count())
+    novel = next(data for data in pictures if stream_of(sha256(data), examples.DIGITS) == "active")
+    copies = [examples.encoded(Image.open(io.BytesIO(data)), "WEBP", lossless=True) for data in active[:5]]
+    intake.take(*(intake.put(f"x{number}", data) for number, data in enumerate([*copies, novel])))
+    predictions = [task["predictions"] for task in intake.label_studio.tasks]
+    assert all(p["model_version"] == "digits v0" and p["result"] == [] for [p] in predictions)
+    *old, first, second, third, fourth, fifth, unlike = [p["score"] for [p] in predictions]
+    assert all(0 <= score <= 1 for score in old)
+    assert min(first, second, third, fourth, fifth) > 0.8
+    assert unlike < 0.2
+    assert intake.prelabelled == []
+
+
+@pytest.mark.parametrize("stream", ["holdout", "control"])
+def test_holdout_and_control_stand_where_chance_has_it(intake: Intake, stream: str) -> None:
+    """A copy stands where its original does, though it is familiar."""
+    [data] = digits_of(stream, 1)
+    copy = examples.encoded(Image.open(io.BytesIO(data)), "WEBP", lossless=True)
+    intake.take(intake.put("a.png", data), *(intake.put(f"{n}.png", d) for n, d in enumerate(digits_of("active", 10))))
+    intake.take(intake.put("copy.webp", copy))
+    scores = [task["predictions"][0]["score"] for task in intake.label_studio.tasks]
+    assert scores[0] == scores[-1]
+
+
+def test_with_the_random_strategy_every_task_stands_where_chance_has_it(
+    intake: Intake, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("model_configs")
+    shutil.copytree(examples.REPOSITORY / "model_configs/digits", root / "digits")
+    file = root / "digits/config.yaml"
+    file.write_text(file.read_text() + "\nqueue:\n  strategy: random\n")
+    intake.configs = ModelConfigs(root)
+    [data] = digits_of("active", 1)
+    copy = examples.encoded(Image.open(io.BytesIO(data)), "WEBP", lossless=True)
+    intake.take(intake.put("a.png", data))
+    intake.take(intake.put("copy.webp", copy))
+    one, other = (task["predictions"][0]["score"] for task in intake.label_studio.tasks)
+    assert one == other
+
+
+def test_once_there_is_a_version_the_new_tasks_are_predicted_by_it(intake: Intake) -> None:
+    intake.take(intake.put("early.png", png(1)))
+    intake.champions.swap(examples.champion(), tag=None)
+    intake.take(*(intake.put(f"{digit}.png", png(digit)) for digit in range(2, 5)))
+    assert ["predictions" in task for task in intake.label_studio.tasks] == [True, False, False, False]
+    assert intake.prelabelled == [TaskRange(model="digits", after=1, upto=4)]
+
+
+def test_a_version_that_came_while_tasks_were_made_predicts_them_too(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_tasks = intake.label_studio.import_tasks
+
+    def slow(project: int, tasks: list[dict[str, Any]]) -> list[int]:
+        intake.champions.swap(examples.champion(), tag=None)
+        return import_tasks(project, tasks)
+
+    monkeypatch.setattr(intake.label_studio, "import_tasks", slow)
+    intake.take(intake.put("a.png", png(1)))
+    assert intake.prelabelled == [TaskRange(model="digits", after=0, upto=1)]
+
+
+def test_tasks_whose_prediction_could_not_be_asked_for_are_predicted_with_the_next_try(
+    intake: Intake, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake.champions.swap(examples.champion(), tag=None)
+    key = intake.put("a.png", png(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(intake, "prelabelled", SimpleNamespace(extend=fail))
+        assert intake.take(key).again
+    clock[0] += 100
+    assert intake.take(key) == Outcome(known=[key])
+    assert intake.prelabelled == [TaskRange(model="digits", after=0, upto=1)]

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from labelloop.errors import LabelStudioError
-from labelloop.label_studio.client import KnownTask, LabelStudioClient
+from labelloop.label_studio.client import KnownTask, LabelStudioClient, StoredPrediction
+from labelloop.label_studio.payloads import Prediction
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
 PERSONAL = "eyJh.eyJi.c2ln"  # three parts: a JWT
@@ -93,7 +94,15 @@ CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "count_annotated": lambda client: client.count_annotated(1),
     "counts": lambda client: client.counts(1),
     "annotated_tasks": lambda client: client.annotated_tasks(1),
+    "annotations_of": lambda client: client.annotations_of(1, [1]),
+    "annotate_once": lambda client: client.annotate_once(1, [], "unique"),
+    "predicted_by": lambda client: client.predicted_by(1, "digits review"),
     "find_images": lambda client: client.find_images(1, ["s3://b/k"], "image"),
+    "unlabelled_ids": lambda client: client.unlabelled_ids(1, 0),
+    "unlabelled_tasks": lambda client: client.unlabelled_tasks(1, 0, 9),
+    "add_prediction": lambda client: client.add_prediction(1, 2, Prediction([], 0.5, "digits v1"), None),
+    "prediction": lambda client: client.prediction(1),
+    "tabs": lambda client: client.tabs(1),
     "tasks_after": lambda client: client.tasks_after(1, 0, "image"),
     "tasks": lambda client: list(client.tasks(1, "image")),
     "signed_in_as": lambda client: client.signed_in_as(),
@@ -189,7 +198,7 @@ def test_images_are_looked_up_in_requests_that_a_web_server_takes(server: Record
         return Answer(body={"tasks": [{"id": 1, "data": {"image": a}} for a in asked if a in known], "total": 0})
 
     server.answer = answer
-    assert client.find_images(1, addresses, "image") == known
+    assert client.find_images(1, addresses, "image") == dict.fromkeys(known, 1)
     assert max(len(request.path) for request in server.requests) < 8_000
     assert query(server.requests[0])["resolve_uri"] == "false", "addresses as they were stored, not the browser's"
     filters = view(server.requests[0])["filters"]
@@ -271,7 +280,7 @@ def test_an_annotation_is_submitted(server: RecordingServer, client: LabelStudio
 
 
 def test_no_images_are_no_request(server: RecordingServer, client: LabelStudioClient) -> None:
-    assert client.find_images(1, [], "image") == set()
+    assert client.find_images(1, [], "image") == {}
     assert server.requests == []
 
 
@@ -282,6 +291,17 @@ def test_tasks_are_imported_with_their_ids_in_order(server: RecordingServer, cli
     assert server.paths == ["POST /api/projects/4/import?return_task_ids=true"]
     assert server.requests[0].json == tasks
     assert server.requests[0].headers["content-type"] == "application/json"
+
+
+def test_predictions_that_label_studio_lost_follow_the_tasks(server: RecordingServer, client: LabelStudioClient) -> None:
+    """It takes them from the request before it tries to write, and so has none when it tries again."""
+    server.answer = lambda _: Answer(201, {"task_ids": [11, 12], "prediction_count": 0})
+    predictions = [{"model_version": "digits v0", "score": score, "result": []} for score in (0.1, 0.2)]
+    client.import_tasks(4, [{"data": {}, "predictions": [prediction]} for prediction in predictions])
+    assert server.paths[1:] == ["POST /api/projects/4/import/predictions"]
+    assert server.requests[-1].json == [
+        {"task": task, **prediction} for task, prediction in zip((11, 12), predictions, strict=True)
+    ]
 
 
 def test_a_backend_is_renamed_with_what_label_studio_demands(server: RecordingServer, client: LabelStudioClient) -> None:
@@ -303,3 +323,76 @@ def test_a_download_that_breaks_off_is_an_error(server: RecordingServer, client:
     server.answer = lambda _: Answer(body=b"x" * 10, headers={"Content-Length": "1000"})
     with pytest.raises(LabelStudioError, match="broke off"):
         client.download("/data/upload/1/a.png", limit=2_000)
+
+
+def test_annotations_of_many_tasks_are_asked_for_in_addresses_of_bearable_length(
+    server: RecordingServer, client: LabelStudioClient
+) -> None:
+    def answer(request: Request) -> Answer:
+        ids = [int(value) for value in parse_qs(urlsplit(request.path).query)["ids[]"]]
+        return Answer(body=[{"id": number, "data": {}, "annotations": []} for number in ids if number % 2])
+
+    server.answer = answer
+    found = client.annotations_of(1, range(1, 502))
+    assert [task.id for task in found] == list(range(1, 502, 2))
+    assert len(server.requests) > 1
+    assert max(len(request.path) for request in server.requests) < 8_000
+    server.requests.clear()
+    assert client.annotations_of(1, []) == []
+    assert server.requests == [], "without tasks Label Studio would export all"
+
+
+def test_an_annotation_that_is_there_already_is_not_made(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(201, {"id": 1})
+    assert client.annotate_once(7, [], "unique")
+    assert server.requests[-1].json["unique_id"] == "unique"
+    server.answer = lambda _: Answer(409, {"detail": "Annotation with this unique id already exists"})
+    assert not client.annotate_once(7, [], "unique")
+
+
+STORED = {"id": 5, "task": 7, "model_version": "digits v1", "score": 0.4, "cluster": 2, "created_at": "c", "updated_at": "u"}
+
+
+def test_unlabelled_tasks_come_with_their_predictions_the_oldest_first(
+    server: RecordingServer, client: LabelStudioClient
+) -> None:
+    predictions = [{**STORED, "id": 6, "cluster": None, "model_version": None}, STORED]
+    task = {"id": 7, "data": {"image": "s3://b/k"}, "meta": {"group": "g"}, "predictions": predictions}
+    server.answer = lambda _: Answer(body={"tasks": [task]})
+    (found,) = client.unlabelled_tasks(4, 3, 9)
+    assert (found.task.id, found.task.data, found.task.group) == (7, {"image": "s3://b/k"}, "g")
+    assert [(stored.id, stored.made_by, stored.cluster) for stored in found.predictions] == [(5, "digits v1", 2), (6, "", None)]
+    items = {(item["filter"], item["operator"]): item["value"] for item in view(server.requests[0])["filters"]["items"]}
+    assert items == {
+        ("filter:tasks:id", "greater"): 3,
+        ("filter:tasks:id", "less_or_equal"): 9,
+        ("filter:tasks:draft_exists", "equal"): False,
+        ("filter:tasks:total_annotations", "equal"): 0,
+        ("filter:tasks:cancelled_annotations", "equal"): 0,
+    }
+    assert query(server.requests[0])["resolve_uri"] == "false"
+
+
+def test_a_prediction_keeps_its_cluster(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda request: Answer(204, b"") if request.method == "DELETE" else Answer(201, {})
+    prediction = Prediction(result=[{"value": {}}], score=0.25, model_version="digits v2")
+    client.add_prediction(4, 7, prediction, 3)
+    stored = StoredPrediction(5, 7, "digits v1", 0.4, "c", "u", 2)
+    client.change_prediction(4, stored, prediction, None)
+    client.delete_prediction(5)
+    assert server.paths == ["POST /api/predictions/", "PATCH /api/predictions/5/", "DELETE /api/predictions/5/"]
+    body = {"project": 4, "task": 7, "result": [{"value": {}}], "score": 0.25, "model_version": "digits v2"}
+    assert [request.json for request in server.requests[:2]] == [{**body, "cluster": 3}, {**body, "cluster": None}]
+
+
+def test_one_prediction_is_read_by_its_id(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body=STORED)
+    assert client.prediction(5) == StoredPrediction(5, 7, "digits v1", 0.4, "c", "u", 2)
+    assert server.paths == ["GET /api/predictions/5/"]
+
+
+def test_tabs_are_known_by_their_titles(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body=[{"id": 1, "data": {"title": "Default"}}, {"id": 2, "data": None}])
+    assert client.tabs(4) == {"Default": 1, "": 2}
+    client.add_tab(4, {"title": "Queue"})
+    assert server.requests[1].json == {"project": 4, "data": {"title": "Queue"}}

@@ -117,6 +117,7 @@ def test_the_request_keeps_the_contract_of_the_job() -> None:
         "n_annotations": "100",
         "job_name": "labelloop-local-digits-dddddddddddd-1",
         "champion_version": "3",
+        "champion_annotations": "100",
     }
     assert channels(request) == {
         "code": ("File", "s3://labelloop-local-artifacts/code/abc.zip"),

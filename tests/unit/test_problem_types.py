@@ -132,7 +132,14 @@ def test_classification_shows_the_likeliest_class() -> None:
     assert [region.label for region in found] == ["dog", "cow", "cat"]
     assert sum(region.score or 0 for region in found) == pytest.approx(1)
     assert kind.chosen(found, card("classification")) == found[:1]
-    assert kind.certainty(found, card("classification")) == pytest.approx(found[0].score)
+    assert kind.certainty(found, card("classification")) == pytest.approx((found[0].score or 0) - (found[1].score or 0))
+
+
+def test_the_margin_tells_a_close_second_from_many_small_others() -> None:
+    kind = problem_types.of("classification")
+    close, clear = ([Region(label="cat", score=0.4), Region(label="dog", score=other)] for other in (0.39, 0.1))
+    assert kind.certainty(close, card("classification")) < kind.certainty(clear, card("classification"))
+    assert kind.certainty([Region(label="cat", score=1.0)], card("classification")) == 1  # there is only one class
 
 
 def test_probabilities_stand_huge_and_equal_logits() -> None:
@@ -264,3 +271,47 @@ def test_a_broken_prompt_says_why() -> None:
 @pytest.mark.parametrize("problem_type", ["classification", "multilabel"])
 def test_types_without_boxes_take_no_prompts(problem_type: ProblemTypeName) -> None:
     assert problem_types.of(problem_type).prompted({"result": [keypoint(1, 1)]}, FOUND) is None
+
+
+def boxes(*corners: tuple[float, float, float, float], label: str = "cat") -> list[Region]:
+    return [Region(label=label, box=corner, score=0.9) for corner in corners]
+
+
+def agree(problem_type: ProblemTypeName, one: list[Region], other: list[Region]) -> bool:
+    agrees = problem_types.of(problem_type).agrees(one, other)
+    assert agrees == problem_types.of(problem_type).agrees(other, one)
+    return agrees
+
+
+@pytest.mark.parametrize("problem_type", ["classification", "multilabel", "detection"])
+def test_scores_and_silence_are_agreed_upon(problem_type: ProblemTypeName) -> None:
+    one = Region(label="cat", box=(0.1, 0.1, 0.5, 0.5), score=0.4)
+    assert agree(problem_type, [one], [Region(label="cat", box=one.box)])
+    assert agree(problem_type, [], [])
+    assert not agree(problem_type, [one], [])
+    assert not agree(problem_type, [one], [Region(label="dog", box=one.box)])
+
+
+def test_several_classes_agree_in_any_order_when_all_are_there() -> None:
+    cat, dog = Region(label="cat"), Region(label="dog")
+    assert agree("multilabel", [cat, dog], [dog, cat])
+    assert not agree("multilabel", [cat, dog], [cat])
+
+
+def test_boxes_agree_one_to_one_from_an_iou_of_a_half() -> None:
+    left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+    assert agree("detection", boxes(left, right), boxes(right, left))
+    assert agree("detection", boxes(left), boxes((0.0, 0.0, 0.5, 0.5)))
+    assert not agree("detection", boxes(left), boxes((0.0, 0.0, 0.5, 0.49)))
+    assert not agree("detection", boxes(left, right), boxes(left, left))
+    assert not agree("detection", boxes(left), boxes(left, left))
+    assert not agree("detection", boxes(left), boxes(left, label="dog"))
+
+
+def test_boxes_find_their_partners_whichever_is_asked_first() -> None:
+    """The first suits both, the second one only: taking the nearest at once would leave it without a partner."""
+    wide, narrow = (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.45, 1.0)
+    short = (0.0, 0.0, 0.55, 1.0)
+    assert min(iou(wide, short), iou(narrow, short)) > 0.5 > iou(narrow, wide)
+    assert agree("detection", boxes(wide, narrow), boxes(short, wide))
+    assert agree("detection", boxes(narrow, wide), boxes(wide, short))

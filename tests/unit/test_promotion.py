@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError, ModelError, RegistryError
 from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter, judge, unpack
-from labelloop.records import Champion, Evaluation, Promotion, Scores, Training
+from labelloop.records import Champion, Comparison, Evaluation, Interval, Promotion, Scores, Training, Verdict
 from labelloop.registry import Registry
 from tests import examples
 from tests.recording_server import Answer, RecordingServer, serving
@@ -27,17 +28,69 @@ from tests.recording_server import Answer, RecordingServer, serving
 JOB = "labelloop-local-digits-abc-1"
 
 
+def judged(compared: Comparison, *, more: bool = True) -> tuple[Verdict, str]:
+    """What the gate says of a comparison; the challenger has 100 annotations, the champion fewer, or as many."""
+    report = examples.evaluation(2, 0.9, champion=examples.scores(1, 0.9), compared=compared)
+    return judge(msgspec.structs.replace(report, champion_annotations=50 if more else 100), 1)
+
+
+def test_a_challenger_that_is_evidently_better_takes_over() -> None:
+    verdict, reason = judged(examples.comparison(0.95, 0.9, spread=0.04), more=False)
+    assert verdict == "promote"
+    assert reason == ("better: accuracy 95.0% against version 1's 90.0% on 20 holdout images, +5.0 points (+1.0 to +9.0)")
+
+
+def test_a_challenger_that_is_evidently_worse_is_kept() -> None:
+    verdict, reason = judged(examples.comparison(0.88, 0.9, spread=0.015))
+    assert verdict == "keep"
+    assert reason == "worse: accuracy 88.0% against version 1's 90.0% on 20 holdout images, -2.0 points (-3.5 to -0.5)"
+
+
+def test_one_within_the_margin_takes_over_when_it_knows_more_annotations() -> None:
+    compared = examples.comparison(0.895, 0.9, spread=0.014)
+    verdict, reason = judged(compared)
+    assert verdict == "promote"
+    assert "not worse by more than 2 points, and trained on 100 annotations instead of 50" in reason
+    verdict, reason = judged(compared, more=False)
+    assert verdict == "undecided"
+    assert "no more annotations" in reason
+
+
+def test_one_that_may_be_worse_by_more_than_the_margin_stays_out_and_what_would_decide_is_said() -> None:
+    verdict, reason = judged(examples.comparison(0.92, 0.9, spread=0.05, needed=1234))
+    assert verdict == "undecided"
+    assert "+2.0 points (-3.0 to +7.0)" in reason
+    assert "about 1,234 holdout images would decide" in reason
+
+
 @pytest.mark.parametrize(
-    ("challenger", "champion", "verdict"),
-    [(0.90, 0.90, "promote"), (0.91, 0.90, "promote"), (0.89, 0.90, "keep"), (0, 0, "promote")],
+    ("change", "verdict"),
+    [
+        (Interval(value=-0.2, low=-0.4, high=-0.01), "keep"),
+        (Interval(value=-0.2, low=-0.4, high=0.01), "promote"),
+        (Interval(value=-0.09, low=-0.1, high=-0.01), "promote"),
+    ],
+    ids=["falls too far", "perhaps by chance", "within the floor"],
 )
-def test_a_challenger_that_is_not_worse_takes_over(challenger: float, champion: float, verdict: str) -> None:
-    report = examples.evaluation(2, challenger, champion=examples.scores(1, champion))
-    found, reason = judge(report, 1)
+def test_no_class_may_evidently_fall_too_far_whatever_the_total(change: Interval, verdict: Verdict) -> None:
+    unsure = Interval(value=-0.5, low=-0.9, high=0.1)
+    compared = examples.comparison(0.99, 0.9, per_class={"3": unsure, "7": change, "8": examples.interval(0.5, 0.1)})
+    found, reason = judged(compared)
     assert found == verdict
-    assert f"{challenger:.1%}" in reason
-    assert f"version 1's {champion:.1%}" in reason
-    assert "20 holdout images" in reason
+    if found == "keep":
+        assert "the class 7 falls too far, -20.0 points (-40.0 to -1.0); class_floor allows 10" in reason
+
+
+def test_where_nothing_can_be_compared_a_person_decides() -> None:
+    report = examples.evaluation(2, 0.9, champion=examples.scores(1, 0.9))
+    verdict, reason = judge(msgspec.structs.replace(report, comparison=None), 1)
+    assert verdict == "undecided"
+    assert "labelloop promote digits" in reason
+
+
+def test_a_comparison_on_some_classes_says_so() -> None:
+    _, reason = judged(examples.comparison(0.95, 0.9, classes=["1", "2"]))
+    assert "20 holdout images of the 2 classes that both know" in reason
 
 
 def test_the_first_version_takes_over() -> None:
@@ -141,10 +194,38 @@ def test_a_worse_challenger_never_serves_and_its_tags_say_why(gate: Gate) -> Non
     assert gate.champion.version == 1
     assert gate.tags["2"] == {
         "verdict": "keep",
-        "verdict_reason": "worse: accuracy 85.0% against version 1's 90.0% on 20 holdout images",
+        "verdict_reason": ("worse: accuracy 85.0% against version 1's 90.0% on 20 holdout images, -5.0 points (-6.0 to -4.0)"),
     }
     assert gate.aliases == {"champion": "1", "challenger": "2"}
     assert gate.champions.evaluation("digits", 2) is not None, "its report is kept"
+
+
+def test_an_undecided_challenger_is_kept_as_challenger_and_everybody_is_told(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.decide()
+    compared = examples.comparison(0.92, 0.9, spread=0.1, needed=500)
+    report = msgspec.structs.replace(second(0.92), comparison=compared, suspects=[examples.suspect()])
+    gate.train(report, b"second")
+    decided = gate.decide("job-2")
+    assert decided.verdict == "undecided"
+    assert gate.champion is not None
+    assert gate.champion.version == 1
+    assert gate.aliases == {"champion": "1", "challenger": "2"}
+    assert gate.announced[-1] == decided
+    assert (decided.difference, decided.calibration_error, decided.suspects) == (compared.difference, 0.02, 1)
+    assert [takeover.version for takeover in gate.ledger.takeovers("digits")] == [1]
+
+
+def test_every_takeover_is_noted_once(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.decide()
+    gate.train(second(0.95), b"second")
+    decided = gate.decide("job-2")
+    gate.decide("job-2")
+    assert [(t.version, t.before, t.by) for t in gate.ledger.takeovers("digits")] == [(1, None, "gate"), (2, 1, "gate")]
+    assert gate.ledger.takeovers("digits")[1].reason == decided.reason
+    assert gate.champion is not None
+    assert gate.champion.takeover == gate.ledger.takeovers("digits")[1]
 
 
 def test_deciding_again_changes_nothing_and_announces_again(gate: Gate) -> None:
@@ -167,15 +248,18 @@ def test_a_late_repeat_does_not_bring_an_old_version_back(gate: Gate) -> None:
     assert gate.aliases == {"champion": "2"}
 
 
-@pytest.mark.parametrize(("accuracy", "verdict", "serves"), [(0.95, "promote", 2), (0.85, "keep", 1)])
-def test_a_crash_before_the_note_heals(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch, accuracy: float, verdict: str, serves: int
+@pytest.mark.parametrize(
+    ("step", "accuracy", "verdict", "serves"),
+    [("record_takeover", 0.95, "promote", 2), ("record_promotion", 0.95, "promote", 2), ("record_promotion", 0.85, "keep", 1)],
+)
+def test_a_crash_before_a_note_heals(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, step: str, accuracy: float, verdict: str, serves: int
 ) -> None:
     gate.train(examples.evaluation(1, 0.9))
     gate.decide()
     gate.train(second(accuracy), b"second")
     with monkeypatch.context() as patch:
-        patch.setattr(gate.ledger, "record_promotion", crash)
+        patch.setattr(gate.ledger, step, crash)
         with pytest.raises(Crash):
             gate.decide("job-2")
     assert gate.champion is not None
@@ -186,6 +270,7 @@ def test_a_crash_before_the_note_heals(
     assert "version 1's 90.0%" in decided.reason, "the reason is the one of the swap"
     assert gate.champion.version == serves
     assert gate.announced[-1] == decided
+    assert [takeover.version for takeover in gate.ledger.takeovers("digits")] == [1, 2][:serves]
 
 
 def test_a_crash_before_the_first_swap_heals(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:

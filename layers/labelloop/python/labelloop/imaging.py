@@ -36,11 +36,16 @@ class ImageInfo:
 
 def inspect(data: bytes) -> ImageInfo:
     """Say what an image file is, and prove that it decodes. Raises `ImageError` with the reason when it does not."""
+    return survey(data)[0]
+
+
+def survey(data: bytes) -> tuple[ImageInfo, Image.Image]:
+    """What an image file is, and the image, upright, of no less than 64 × 64 pixels where it has them. Raises `ImageError`."""
     image = _open(data)
     width, height = _upright_size(image)
     name = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # Pillow names some JPEGs of phones "MPO"
-    _load(image, "RGB", (64, 64))
-    return ImageInfo(format=name, width=width, height=height)
+    decoded = _load(image, "RGB", (64, 64))
+    return ImageInfo(format=name, width=width, height=height), decoded
 
 
 def upright_size(data: bytes) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,10 +19,20 @@ from labelloop.errors import ModelError
 from labelloop.records import ModelCard, Region
 
 CARD_KEY = "labelloop"
+EMBEDDING = "embedding"  # the last of the ONNX file's outputs
+
+type Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Examined(NamedTuple):
+    """What a model says of one image: all that it takes into consideration, best first, and the embedding float32 `[D]`."""
+
+    candidates: list[Region]
+    embedding: Floats
 
 
 class Model:
-    """A model file, ready to run. Raises `ModelError` when it is no ONNX file of labelloop's."""
+    """A model file, ready to run. Raises `ModelError` when it is no ONNX file of labelloop's, or an older labelloop's."""
 
     def __init__(self, onnx: bytes) -> None:
         options = onnxruntime.SessionOptions()
@@ -38,6 +48,9 @@ class Model:
             self._type = problem_types.of(self.card.problem_type)
             if self.card.problem_type == "detection" and self.card.boxes is None:
                 raise ModelError("the detector's card does not say how its boxes are sifted")
+            self._outputs = [*self._type.outputs, EMBEDDING]
+            if EMBEDDING not in [output.name for output in self._session.get_outputs()]:
+                raise ModelError("the ONNX file has no embedding, it was exported by an older labelloop; train a new version")
         except ModelError:
             raise
         except KeyError:
@@ -53,13 +66,17 @@ class Model:
         image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
         return np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, -1)
 
-    def run(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    def run(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Floats]:
         """Run a batch [N, height, width, channels]: the outputs in the problem type's order. Raises `ModelError`.
 
         A detector takes one image at a time.
         """
+        return self.run_whole(pixels)[:-1]
+
+    def run_whole(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Floats]:
+        """As `run`, then the embeddings [N, D]. Raises `ModelError`."""
         try:
-            outputs: list[np.ndarray[Any, np.dtype[np.float32]]] = self._session.run(list(self._type.outputs), {"image": pixels})
+            outputs: list[Floats] = self._session.run(self._outputs, {"image": pixels})
         except Exception as error:  # onnxruntime raises bare exceptions of its own
             raise ModelError(f"the model does not run: {error}") from error
         if not all(np.isfinite(output).all() for output in outputs):
@@ -68,7 +85,12 @@ class Model:
 
     def candidates(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Region]:
         """All that the model takes into consideration for one image [height, width, channels], best first."""
-        return self._type.candidates([output[0] for output in self.run(pixels[np.newaxis])], self.card)
+        return self.examine(pixels).candidates
+
+    def examine(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Examined:
+        """Candidates and embedding of one image [height, width, channels], from one run. Raises `ModelError`."""
+        *outputs, embedding = (output[0] for output in self.run_whole(pixels[np.newaxis]))
+        return Examined(self._type.candidates(outputs, self.card), embedding)
 
 
 class ModelCache:

@@ -1,23 +1,29 @@
-"""From an image in S3 to a Label Studio task: validated, batched, exactly once.
+"""From an image in S3 to a Label Studio task: validated, batched, exactly once, with its content group.
 
 A duplicated event finds the ledger's note; an event whose first delivery died half-way asks Label Studio whether the task
-exists. Two files with the same content are one image and get one task.
+exists. Two files with the same content are one image and get one task; near duplicates get a task each, of one group.
+
+The task's place in the queue comes from the champion, which is asked for it over the prelabel queue. Before the first version
+each task comes with an empty prediction whose score orders a diverse start: images like none before them come first.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote_plus
 
 from labelloop import imaging
-from labelloop.artifacts import Bucket, is_plain_key, s3_uri
+from labelloop.active_learning import stream_of
+from labelloop.artifacts import Bucket, Champions, is_plain_key, s3_uri
+from labelloop.duplicates import Fingerprint, Groups, Membership, fingerprint
 from labelloop.errors import ImageError, LabelloopError, UnknownModelError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
-from labelloop.model_config import ModelConfigs
+from labelloop.model_config import ModelConfig, ModelConfigs
+from labelloop.records import TaskRange, version_string
 
 
 @dataclass
@@ -37,13 +43,24 @@ class _Image:
     address: str
     sha256: str
     info: imaging.ImageInfo
+    fingerprint: Fingerprint
 
 
 class Ingest:
-    """Turns S3 `Object Created` events into tasks."""
+    """Turns S3 `Object Created` events into tasks. `prelabel` has ranges of tasks predicted; it may raise `ServiceError`."""
 
-    def __init__(self, configs: ModelConfigs, images: Bucket, ledger: Ledger, label_studio: LabelStudioClient) -> None:
-        self._configs, self._images, self._ledger, self._label_studio = configs, images, ledger, label_studio
+    def __init__(
+        self,
+        configs: ModelConfigs,
+        images: Bucket,
+        champions: Champions,
+        ledger: Ledger,
+        label_studio: LabelStudioClient,
+        prelabel: Callable[[list[TaskRange]], object],
+    ) -> None:
+        self._configs, self._images, self._champions, self._ledger = configs, images, champions, ledger
+        self._label_studio, self._prelabel = label_studio, prelabel
+        self._groups = Groups(ledger)
 
     def __call__(self, events: Iterable[tuple[str, dict[str, Any]]]) -> Outcome:
         """Take (message id, event) pairs. What fails for its own reason is refused; what failed for another's comes again."""
@@ -105,12 +122,21 @@ class Ingest:
     def _make_tasks(
         self, model: str, project: int, data_key: str, images: list[_Image], perhaps: dict[str, set[str]], outcome: Outcome
     ) -> None:
+        groups = self._groups.assign(model, project, {image.sha256: image.fingerprint for image in images})
         addresses = sorted(set().union(*perhaps.values()))
-        exist = self._label_studio.find_images(project, addresses, data_key) if addresses else set()
-        known = [image for image in images if exist & perhaps.get(image.sha256, set())]
+        exist = self._label_studio.find_images(project, addresses, data_key) if addresses else {}
+        known = [image for image in images if exist.keys() & perhaps.get(image.sha256, set())]
         missing = [image for image in images if image not in known]
+        unplaced = [TaskRange(model=model, after=task - 1, upto=task) for task in sorted(exist.values())]
+        first = self._champions.read(model) is None
         if missing:
-            self._label_studio.import_tasks(project, [_task(image, data_key) for image in missing])
+            config = self._configs[model].config if first else None
+            new = [_task(image, data_key, groups[image.sha256], config) for image in missing]
+            tasks = self._label_studio.import_tasks(project, new)
+            unplaced.append(TaskRange(model=model, after=min(tasks) - 1, upto=max(tasks)))
+        # The first champion may have come meanwhile, and its refresh seen none of these.
+        if unplaced and not (first and self._champions.read(model) is None):
+            self._prelabel(unplaced)
         self._ledger.images_done(model, project, {image.sha256: image.address for image in images})
         outcome.created += [image.key for image in missing]
         outcome.known += [image.key for image in known]
@@ -126,8 +152,9 @@ class Ingest:
         data = self._images.get(key)
         if data is None:
             return None
-        info = imaging.inspect(data)
-        return _Image(message, key, s3_uri(self._images.name, key), hashlib.sha256(data).hexdigest(), info)
+        info, decoded = imaging.survey(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return _Image(message, key, s3_uri(self._images.name, key), sha256, info, fingerprint(decoded))
 
 
 def _key(event: dict[str, Any]) -> str:
@@ -139,6 +166,29 @@ def _key(event: dict[str, Any]) -> str:
         return unquote_plus(str(records[0].get("s3", {}).get("object", {}).get("key", "")))
 
 
-def _task(image: _Image, data_key: str) -> dict[str, Any]:
-    meta = {"sha256": image.sha256, "width": image.info.width, "height": image.info.height}
-    return {"data": {data_key: image.address}, "meta": meta}
+def _task(image: _Image, data_key: str, membership: Membership, first: ModelConfig | None) -> dict[str, Any]:
+    """The task of an image; with a place in the queue where `first`, the config of a model without a version, is given."""
+    meta: dict[str, Any] = {
+        "sha256": image.sha256,
+        "width": image.info.width,
+        "height": image.info.height,
+        "group": membership.group,
+    }
+    if membership.resembles:
+        meta["resembles"] = membership.resembles
+    task = {"data": {data_key: image.address}, "meta": meta}
+    if first is None:
+        return task
+    score = _start_score(membership, first)
+    return {**task, "predictions": [{"model_version": version_string(first.name, None), "score": score, "result": []}]}
+
+
+def _start_score(membership: Membership, config: ModelConfig) -> float:
+    """Where a task stands before there is a version, from 0, which comes first, to 1.
+
+    Active tasks by how familiar they are, a rank; the others, or all with the strategy `random`, at a fixed random position, so
+    that they come at their natural share.
+    """
+    if config.queue.strategy != "random" and stream_of(membership.group, config) == "active":
+        return membership.familiar
+    return int.from_bytes(hashlib.sha256(f"start:{membership.group}".encode()).digest()[:8]) / 2**64

@@ -116,6 +116,7 @@ def training_request(settings: Settings, config: ModelConfig, job: Job, champion
             "n_annotations": str(job.n_annotations),
             "job_name": job.job_name,
             "champion_version": str(champion.version) if champion else "",
+            "champion_annotations": str(champion.n_annotations) if champion else "",
         },
         "Environment": {"MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri, "LABELLOOP_STAGE": settings.stage},
         "InputDataConfig": channels,

@@ -6,6 +6,7 @@ Writing a head demands the sequence number that was read, so two reconciles at o
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop.errors import ConflictError, NotSetUpError, StorageError
-from labelloop.records import Head, Job, Promotion, Training
+from labelloop.records import Audit, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
 
 _CONFIG = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "max_attempts": 4})
 _LEASE_SECONDS = 90  # longer than ingest may run
 _BATCH = 25  # DynamoDB's limit of a BatchWriteItem
+_LAST_ENTRY = 10**10 - 1  # of a log whose numbers have ten digits
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,18 @@ class Ledger:
         item = self._get(model, f"promotion#{job_name}")
         return None if item is None else msgspec.json.decode(item["body"]["S"], type=Promotion)
 
+    def record_takeover(self, takeover: Takeover) -> None:
+        """Note a change of the champion pointer. Noting it again changes nothing."""
+        self._call(
+            "put_item",
+            Item={**_key(takeover.model, f"takeover#{takeover.at}"), "body": {"S": msgspec.json.encode(takeover).decode()}},
+        )
+
+    def takeovers(self, model: str) -> list[Takeover]:
+        """All of them, the earliest first."""
+        found = [msgspec.json.decode(item["body"]["S"], type=Takeover) for item in self._query(model, "takeover#")]
+        return sorted(found, key=lambda takeover: takeover.at)
+
     # Images
 
     def claim_image(self, model: str, project: int, sha256: str, image: str) -> ImageClaim:
@@ -147,6 +161,100 @@ class Ledger:
             else:
                 raise StorageError("the ledger is throttled; the images will be noted with the next try")
 
+    # Labels that are looked at again
+
+    def review_cases(self, model: str, project: int) -> list[ReviewCase]:
+        """All of a project, settled ones too."""
+        return [msgspec.json.decode(item["body"]["S"], type=ReviewCase) for item in self._query(model, f"review#{project}#")]
+
+    def record_review_case(self, case: ReviewCase) -> None:
+        """Write a case; one image has one at most."""
+        self._put_body(case.model, f"review#{case.project}#{case.sha256}", case)
+
+    # Auto-accept
+
+    def note_audits(self, audits: Sequence[Audit]) -> None:
+        """Note tasks that are left to people; of one that is noted already nothing changes."""
+        for audit in audits:
+            self._put_if(
+                {**_key(audit.model, _audit_record(audit)), **_body(audit)},
+                "attribute_not_exists(#record)",
+                {"#record": "record"},
+                {},
+            )
+
+    def record_audit(self, audit: Audit) -> None:
+        """Write what came of an audit."""
+        self._put_body(audit.model, _audit_record(audit), audit)
+
+    def audits(self, model: str, version: int) -> list[Audit]:
+        return [msgspec.json.decode(item["body"]["S"], type=Audit) for item in self._query(model, f"audit#{version}#")]
+
+    def claim_audit_look(self, model: str, version: int, seconds: float) -> bool:
+        """Claim to compare a version's audits with people's answers; False where somebody did less than `seconds` ago."""
+        moment = time.time()
+        return self._put_if(
+            {**_key(model, f"audit_look#{version}"), "looked_at": {"N": f"{moment:.3f}"}},
+            "attribute_not_exists(#looked_at) OR #looked_at <= :expired",
+            {"#looked_at": "looked_at"},
+            {":expired": {"N": f"{moment - seconds:.3f}"}},
+        )
+
+    def turn_off(self, off: TurnedOff) -> None:
+        """Note that auto-accept is off for a version. The first note stays."""
+        self._put_if(
+            {**_key(off.model, f"auto_accept_off#{off.version}"), **_body(off)},
+            "attribute_not_exists(#record)",
+            {"#record": "record"},
+            {},
+        )
+
+    def turned_off(self, model: str, version: int) -> TurnedOff | None:
+        item = self._get(model, f"auto_accept_off#{version}")
+        return None if item is None else msgspec.json.decode(item["body"]["S"], type=TurnedOff)
+
+    # Content groups
+
+    def groups_after(self, model: str, project: int, sequence: int) -> list[tuple[int, bytes]]:
+        """The entries of a project's log of groups after number `sequence`, in order, each with its number."""
+        first, last = (_groups_record(project, number) for number in (sequence + 1, _LAST_ENTRY))
+        items = self._query_where(model, "#record BETWEEN :first AND :last", {":first": {"S": first}, ":last": {"S": last}})
+        return [(int(item["record"]["S"].rpartition("#")[2]), item["body"]["S"].encode()) for item in items]
+
+    def append_groups(self, model: str, project: int, sequence: int, body: bytes) -> None:
+        """Write entry `sequence` of the log, the one after the last that was read. Raises `ConflictError` when it is there."""
+        try:
+            self._client.put_item(
+                TableName=self._table,
+                Item={**_key(model, _groups_record(project, sequence)), "body": {"S": body.decode()}},
+                ConditionExpression="attribute_not_exists(#record)",
+                ExpressionAttributeNames={"#record": "record"},
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
+                raise ConflictError(f"the groups of {model} have grown meanwhile") from error
+            raise StorageError(f"the ledger refused groups: {error}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"the ledger does not answer: {error}") from error
+
+    def _put_body(self, model: str, record: str, body: Record) -> None:
+        self._call("put_item", Item={**_key(model, record), **_body(body)})
+
+    def _put_if(self, item: dict[str, Any], condition: str, names: dict[str, str], values: dict[str, Any]) -> bool:
+        """Write an item under a condition on the one that is there; whether it was met."""
+        some_values: Any = {"ExpressionAttributeValues": values} if values else {}
+        try:
+            self._client.put_item(
+                TableName=self._table, Item=item, ConditionExpression=condition, ExpressionAttributeNames=names, **some_values
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
+                return False
+            raise StorageError(f"the ledger refused put_item: {error}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"the ledger does not answer: {error}") from error
+        return True
+
     def _advance(self, before: Head, after: Head, training: Training | None) -> None:
         """Write the head, and a training with it, or nothing. Raises `ConflictError` when the head is no longer `before`."""
         head_item = {
@@ -186,14 +294,18 @@ class Ledger:
         return item
 
     def _query(self, model: str, prefix: str) -> list[dict[str, Any]]:
+        return self._query_where(model, "begins_with(#record, :prefix)", {":prefix": {"S": prefix}})
+
+    def _query_where(self, model: str, condition: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+        """The model's records that meet a condition on `#record`, in its order."""
         items: list[dict[str, Any]] = []
         start: dict[str, Any] = {}
         while True:
             answer = self._call(
                 "query",
-                KeyConditionExpression="#model = :model AND begins_with(#record, :prefix)",
+                KeyConditionExpression=f"#model = :model AND {condition}",
                 ExpressionAttributeNames={"#model": "model", "#record": "record"},
-                ExpressionAttributeValues={":model": {"S": model}, ":prefix": {"S": prefix}},
+                ExpressionAttributeValues={":model": {"S": model}, **values},
                 ConsistentRead=True,
                 **start,
             )
@@ -217,5 +329,17 @@ def _key(model: str, record: str) -> dict[str, Any]:
     return {"model": {"S": model}, "record": {"S": record}}
 
 
+def _groups_record(project: int, sequence: int) -> str:
+    return f"groups#{project}#{sequence:010}"
+
+
 def _image_record(project: int, sha256: str) -> str:
     return f"image#{project}#{sha256}"
+
+
+def _audit_record(audit: Audit) -> str:
+    return f"audit#{audit.version}#{audit.task}"
+
+
+def _body(record: Record) -> dict[str, Any]:
+    return {"body": {"S": msgspec.json.encode(record).decode()}}

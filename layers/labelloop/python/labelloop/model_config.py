@@ -21,7 +21,7 @@ from msgspec import Meta
 from labelloop import problem_types
 from labelloop.errors import ConfigError, UnknownModelError
 from labelloop.label_studio.label_config import LabelConfig
-from labelloop.records import BoxRules, ProblemTypeName
+from labelloop.records import BoxRules, GateRules, ProblemTypeName
 from labelloop.settings import Settings
 
 _STATE_DICT = re.compile(r"s3://[^/]+/.+\.pth?")
@@ -114,7 +114,7 @@ class LabelStudio(Section, frozen=True, kw_only=True):
 
 
 class Splits(Section, frozen=True, kw_only=True):
-    """Shares of the images; the rest trains. An image's split follows from its content and the seed alone."""
+    """Shares of the images; the rest trains. An image's split follows from its content group and the seed alone."""
 
     test: Annotated[float, Between, Meta(description="the holdout, on which versions are compared and never trained")] = 0.2
     validation: Annotated[float, Share, Meta(description="watched during training, never trained on")] = 0.1
@@ -141,6 +141,49 @@ class Retrain(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if any(later <= earlier for earlier, later in zip(self.at, self.at[1:], strict=False)):
             raise ValueError("`at` lists annotation counts in rising order, for example [100, 500, 1000]")
+
+
+class Promotion(Section, frozen=True, kw_only=True):
+    """When a trained version takes over from the one that serves."""
+
+    margin: Annotated[
+        float, Share, Meta(description="how much lower the metric may be at worst, for a version trained on more annotations")
+    ] = 0.02
+    class_floor: Annotated[
+        float, Between, Meta(description="no class may evidently get worse by more than this, whatever the others gain")
+    ] = 0.1
+    confidence: Annotated[
+        float, Meta(ge=0.5, le=0.999, description="of the one-sided bounds that decide; more asks for more holdout images")
+    ] = 0.95
+
+
+class Queue(Section, frozen=True, kw_only=True):
+    """Which task annotators get next. The holdout is always asked for at random."""
+
+    strategy: Annotated[
+        Literal["uncertainty", "diverse", "random"],
+        Meta(description="uncertainty: least certain first; diverse: the same, taking turns between kinds of images; or random"),
+    ] = "uncertainty"
+    control: Annotated[
+        float, Share, Meta(description="share that is asked for at random, to measure how many labels the strategy saves")
+    ] = 0.1
+    clusters: Annotated[int, Meta(ge=2, le=256, description="kinds of images that `diverse` takes turns between")] = 8
+
+
+class Review(Section, frozen=True, kw_only=True):
+    """Which annotations are shown again because models that never saw them disagree."""
+
+    limit: Annotated[int, Meta(ge=0, le=1000, description="the most at a time; 0 looks for none and saves the time")] = 50
+    folds: Annotated[
+        int, Meta(ge=2, le=10, description="parts of the training images; a model is trained for each, on all the others")
+    ] = 4
+
+
+class AutoAccept(Section, frozen=True, kw_only=True):
+    """Let predictions that are precise enough become annotations by themselves. Without this section none do."""
+
+    precision: Annotated[float, Between, Meta(description="share of them that has to be right, such as 0.99")]
+    audit: Annotated[float, Between, Meta(description="share of them that people are asked all the same")] = 0.1
 
 
 class Training(Section, frozen=True, kw_only=True):
@@ -185,6 +228,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     label_studio: LabelStudio
     retrain: Retrain
     splits: Splits = Splits()
+    promotion: Promotion = Promotion()
+    queue: Queue = Queue()
+    review: Review = Review()
+    auto_accept: AutoAccept | None = None
     training: Training = Training()
     serving: Serving = Serving()
     detection: Detection | None = None
@@ -211,6 +258,11 @@ class ModelConfig(Section, frozen=True, kw_only=True):
         if self.problem_type != "detection":
             return None
         return BoxRules(**msgspec.structs.asdict(self.detection or Detection()))
+
+    @property
+    def gate(self) -> GateRules:
+        """What the promotion gate goes by."""
+        return GateRules(**msgspec.structs.asdict(self.promotion))
 
     @property
     def images_prefix(self) -> str:

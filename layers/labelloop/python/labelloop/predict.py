@@ -1,4 +1,4 @@
-"""The ML backend: setup, predict and versions, for every model.
+"""The ML backend: setup, predict and versions, for every model; and the predicting of tasks, which `prelabel` shares.
 
 Setup never loads a model (Label Studio gives it 3 seconds); the champion pointer is read again every few seconds, so that a
 promotion or a rollback is served without a deployment. One broken image spoils no other task's prediction.
@@ -6,21 +6,23 @@ promotion or a rollback is served without a deployment. One broken image spoils 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from labelloop import imaging, problem_types
+from labelloop import active_learning, imaging, problem_types
+from labelloop.active_learning import Place
 from labelloop.artifacts import Bucket, Champions, is_plain_key, parse_s3_uri
 from labelloop.errors import ImageError, LabelloopError, LabelStudioError, ModelError, RequestError, StorageError
 from labelloop.label_studio.client import LabelStudioClient
-from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import (
     NotPredicted,
     Prediction,
@@ -30,8 +32,8 @@ from labelloop.label_studio.payloads import (
     SetupRequest,
     image_address,
 )
-from labelloop.model_config import ModelConfigs
-from labelloop.records import Champion, version_string
+from labelloop.model_config import ModelConfigs, ModelFolder
+from labelloop.records import Champion, ModelCard, Region, version_string
 
 if TYPE_CHECKING:
     from labelloop.inference import Model, ModelCache
@@ -40,10 +42,20 @@ POINTER_SECONDS = 3.0
 FETCH_THREADS = 32  # an image waits for S3, not for a core
 
 
-class Predictor:
-    """Answers Label Studio. `connect` makes its client, needed only for images that Label Studio itself holds.
+@dataclass(frozen=True)
+class Predicted:
+    """What a version says of a task: what annotators are shown and its form for Label Studio, how sure it is, its place."""
 
-    `log(message, **fields)` is told of each task without a prediction.
+    regions: list[Region]
+    result: list[dict[str, Any]]
+    certainty: float
+    place: Place
+
+
+class TaskPredictor:
+    """Predicts tasks with a version: fetches their images, runs the model, says what annotators are shown and when.
+
+    `connect` makes a Label Studio client, needed only for images that Label Studio itself holds.
     """
 
     def __init__(
@@ -54,11 +66,96 @@ class Predictor:
         connect: Callable[[], LabelStudioClient],
         *,
         label_studio_url: str,
-        log: Callable[..., None],
     ) -> None:
         self._configs, self._images, self._champions, self._connect = configs, images, champions, connect
         self._label_studio_host = urlsplit(label_studio_url).netloc
-        self._log = log
+
+    def predict(self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None) -> list[Predicted | LabelloopError]:
+        """What the version says of each task, or why it says nothing of that one. Raises `ModelError`, `StorageError`.
+
+        A `ServiceError` in a task's place may be another answer next time. `context` is interactive mode's.
+        """
+        if not tasks:
+            return []
+        onnx, folder = self._load(champion), self._configs[champion.model]
+        _ = folder.label_config  # read before there are threads: msgspec crashes where two meet a type for the first time
+        with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
+            fetched = [pool.submit(self._fetch, folder, task) for task in tasks]
+            with ThreadPoolExecutor(os.cpu_count() or 1) as cores:
+                answers = [
+                    cores.submit(_examine, onnx, folder, task, image.result, context)
+                    for task, image in zip(tasks, fetched, strict=True)
+                ]
+                return [answer.result() for answer in answers]
+
+    def folder(self, champion: Champion) -> ModelFolder:
+        return self._configs[champion.model]
+
+    def card(self, champion: Champion) -> ModelCard:
+        return self._load(champion).card
+
+    def _fetch(self, folder: ModelFolder, task: PredictTask) -> bytes:
+        """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else."""
+        address = image_address(task.data, folder.label_config.data_key)
+        if address.startswith("s3://"):
+            return self._fetch_from_bucket(folder.config.images_prefix, address)
+        try:
+            parts = urlsplit(address)
+        except ValueError as error:
+            raise ImageError(f"{address!r} is no address: {error}") from error
+        ours = parts.scheme in ("http", "https") and parts.netloc == self._label_studio_host
+        if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path):
+            path = parts.path + (f"?{parts.query}" if parts.query else "")
+            try:
+                return self._label_studio.download(path, limit=imaging.MAX_BYTES)
+            except LabelStudioError as error:
+                missing = error.status is not None and error.status < 500
+                kind = ImageError if missing else LabelStudioError
+                raise kind(f"{address} cannot be fetched: {error}") from error
+        raise ImageError(f"{address} is neither in the model's images nor an upload of Label Studio")
+
+    def _fetch_from_bucket(self, prefix: str, address: str) -> bytes:
+        try:
+            bucket, key = parse_s3_uri(address)
+        except ValueError as error:
+            raise ImageError(str(error)) from error
+        if bucket != self._images.name or not key.startswith(prefix) or not is_plain_key(key):
+            raise ImageError(f"{address} lies outside s3://{self._images.name}/{prefix}")
+        try:
+            data = self._images.get(key)
+        except StorageError as error:
+            raise StorageError(f"{address} cannot be fetched: {error}") from error
+        if data is None:
+            raise ImageError(f"{address} does not exist")
+        return data
+
+    @cached_property
+    def _label_studio(self) -> LabelStudioClient:
+        return self._connect()
+
+    @cached_property
+    def _models(self) -> ModelCache:
+        from labelloop.inference import ModelCache  # onnxruntime and numpy: not needed to answer setup
+
+        return ModelCache()
+
+    def _load(self, champion: Champion) -> Model:
+        from labelloop.inference import Model
+
+        model = self._models.get(champion.sha256)
+        if model is None:
+            model = Model(self._champions.onnx(champion))
+            if model.card.model != champion.model:
+                raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
+            self._models.put(champion.sha256, model)
+        return model
+
+
+class Predictor:
+    """Answers Label Studio. `log(message, **fields)` is told of each task without a prediction."""
+
+    def __init__(self, configs: ModelConfigs, champions: Champions, tasks: TaskPredictor, *, log: Callable[..., None]) -> None:
+        self._configs, self._champions, self._tasks, self._log = configs, champions, tasks, log
         self._pointers: dict[str, tuple[float, Champion | None]] = {}
 
     def setup(self, model: str, body: bytes) -> dict[str, Any]:
@@ -79,88 +176,21 @@ class Predictor:
         result there even when there is none to give.
         """
         request = _parse(body, PredictRequest)
-        label_config = self._configs[model].label_config
+        _ = self._configs[model].label_config  # an unknown model is one before its first version, too
         tasks = request.tasks or []
         context = request.params.get("context") if isinstance(request.params, dict) else None
         champion = self._champion(model)
         version = version_string(model, champion.version if champion else None)
-        if champion is None or not tasks:
+        if champion is None:
             return PredictResponse([_nothing("no model has been trained yet", version, context) for _ in tasks], version)
-        onnx = self._load(champion)
-        with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
-            fetched = [pool.submit(self._fetch, model, task, label_config) for task in tasks]
-            with ThreadPoolExecutor(os.cpu_count() or 1) as cores:
-                results = [
-                    cores.submit(self._predict, onnx, version, label_config, context, task, image.result)
-                    for task, image in zip(tasks, fetched, strict=True)
-                ]
-                return PredictResponse([result.result() for result in results], version)
-
-    def _predict(
-        self,
-        onnx: Model,
-        version: str,
-        label_config: LabelConfig,
-        context: Any,
-        task: PredictTask,
-        image: Callable[[], bytes],
-    ) -> Prediction | NotPredicted:
-        problem_type = problem_types.of(onnx.card.problem_type)
-        try:
-            data = image()
-            candidates = onnx.candidates(onnx.pixels(data))
-            regions = problem_type.prompted(context, candidates) if context else None
-            if regions is None:
-                regions = problem_type.chosen(candidates, onnx.card)
-            result = problem_type.result(regions, label_config, imaging.upright_size(data))
-        except LabelloopError as error:
-            self._log("not predicted", task=task.id, reason=str(error))
-            return _nothing(str(error), version, context)
-        return Prediction(result=result, score=problem_type.certainty(candidates, onnx.card), model_version=version)
-
-    def _fetch(self, model: str, task: PredictTask, label_config: LabelConfig) -> bytes:
-        """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else."""
-        address = image_address(task.data, label_config.data_key)
-        if address.startswith("s3://"):
-            return self._fetch_from_bucket(model, address)
-        try:
-            parts = urlsplit(address)
-        except ValueError as error:
-            raise ImageError(f"{address!r} is no address: {error}") from error
-        ours = parts.scheme in ("http", "https") and parts.netloc == self._label_studio_host
-        if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path):
-            path = parts.path + (f"?{parts.query}" if parts.query else "")
-            try:
-                return self._label_studio.download(path, limit=imaging.MAX_BYTES)
-            except LabelStudioError as error:
-                raise ImageError(f"{address} cannot be fetched: {error}") from error
-        raise ImageError(f"{address} is neither in the model's images nor an upload of Label Studio")
-
-    def _fetch_from_bucket(self, model: str, address: str) -> bytes:
-        try:
-            bucket, key = parse_s3_uri(address)
-        except ValueError as error:
-            raise ImageError(str(error)) from error
-        prefix = self._configs[model].config.images_prefix
-        if bucket != self._images.name or not key.startswith(prefix) or not is_plain_key(key):
-            raise ImageError(f"{address} lies outside s3://{self._images.name}/{prefix}")
-        try:
-            data = self._images.get(key)
-        except StorageError as error:
-            raise ImageError(f"{address} cannot be fetched: {error}") from error
-        if data is None:
-            raise ImageError(f"{address} does not exist")
-        return data
-
-    @cached_property
-    def _label_studio(self) -> LabelStudioClient:
-        return self._connect()
-
-    @cached_property
-    def _models(self) -> ModelCache:
-        from labelloop.inference import ModelCache  # onnxruntime and numpy: not needed to answer setup
-
-        return ModelCache()
+        results: list[Prediction | NotPredicted] = []
+        for task, found in zip(tasks, self._tasks.predict(champion, tasks, context), strict=True):
+            if isinstance(found, LabelloopError):
+                self._log("not predicted", task=task.id, reason=str(found))
+                results.append(_nothing(str(found), version, context))
+            else:
+                results.append(Prediction(result=found.result, score=found.place.score, model_version=version))
+        return PredictResponse(results, version)
 
     def _champion(self, model: str) -> Champion | None:
         read_at, champion = self._pointers.get(model, (-POINTER_SECONDS, None))
@@ -169,16 +199,23 @@ class Predictor:
             self._pointers[model] = (time.monotonic(), champion)
         return champion
 
-    def _load(self, champion: Champion) -> Model:
-        from labelloop.inference import Model
 
-        model = self._models.get(champion.sha256)
-        if model is None:
-            model = Model(self._champions.onnx(champion))
-            if model.card.model != champion.model:
-                raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
-            self._models.put(champion.sha256, model)
-        return model
+def _examine(
+    onnx: Model, folder: ModelFolder, task: PredictTask, image: Callable[[], bytes], context: Any
+) -> Predicted | LabelloopError:
+    problem_type = problem_types.of(onnx.card.problem_type)
+    try:
+        data = image()
+        candidates, embedding = onnx.examine(onnx.pixels(data))
+        regions = problem_type.prompted(context, candidates) if context else None
+        if regions is None:
+            regions = problem_type.chosen(candidates, onnx.card)
+        result = problem_type.result(regions, folder.label_config, imaging.upright_size(data))
+    except LabelloopError as error:
+        return error
+    certainty = problem_type.certainty(candidates, onnx.card)
+    group = task.group or hashlib.sha256(data).hexdigest()
+    return Predicted(regions, result, certainty, active_learning.place(folder.config, onnx.card, group, certainty, embedding))
 
 
 def _nothing(reason: str, version: str, context: Any) -> Prediction | NotPredicted:

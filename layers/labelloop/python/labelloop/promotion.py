@@ -1,7 +1,7 @@
 """The promotion gate: whether a challenger takes over, and the taking over.
 
 `judge` decides from the evaluation report alone. `Promoter` acts on it step by step, each step harmless to repeat: unpack,
-swap the pointer, note the decision, move the aliases, announce.
+swap the pointer, note takeover and decision, move the aliases, announce.
 """
 
 from __future__ import annotations
@@ -18,29 +18,91 @@ from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ModelError
 from labelloop.ledger import Ledger
-from labelloop.records import METRIC_TITLES, Champion, Evaluation, Promotion, Verdict, now
+from labelloop.records import (
+    METRIC_TITLES,
+    Champion,
+    Comparison,
+    Evaluation,
+    GateRules,
+    Interval,
+    Promotion,
+    TakenOverBy,
+    Verdict,
+    now,
+)
 from labelloop.registry import Registry
 
 _MAX_MODEL_BYTES = 2 * 2**30
 
 
 def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict, str]:
-    """Promote or keep, and why. `champion_version` serves now; None when nothing does.
+    """What the evaluation report allows, and why. `champion_version` serves now; None when nothing does.
 
-    The challenger takes over when its value on the holdout is not lower than the champion's on the same images.
+    keep: evidently worse, or one class is, by more than it may be. promote: evidently better, or evidently not worse by more
+    than the margin and trained on more annotations. undecided: the holdout is too small to tell; the champion goes on serving.
     """
-    challenger, champion = evaluation.challenger, evaluation.champion
-    metric, images = METRIC_TITLES[challenger.metric], len(evaluation.holdout)
+    challenger, champion, comparison = evaluation.challenger, evaluation.champion, evaluation.comparison
     if champion_version is None:
-        return "promote", f"the first version: {metric} {challenger.value:.1%} on {images} holdout images"
+        images = len(evaluation.holdout)
+        return (
+            "promote",
+            f"the first version: {METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {images} holdout images",
+        )
     if champion is None or champion.version != champion_version:
         compared = f"version {champion.version}" if champion else "no champion"
         return "keep", f"it was compared with {compared}, but version {champion_version} serves now; train again to compare"
-    versus = f"{challenger.value:.1%} against version {champion.version}'s {champion.value:.1%}"
-    comparison = f"{versus} on {images} holdout images"
-    if challenger.value >= champion.value:
-        return "promote", f"not worse: {metric} {comparison}"
-    return "keep", f"worse: {metric} {comparison}"
+    if comparison is None:
+        return "undecided", (
+            f"nothing can be compared: no holdout image shows a class that version {champion_version} knows, too; "
+            f"labelloop promote {evaluation.model} lets it serve all the same"
+        )
+    versus = _versus(evaluation, comparison, champion_version)
+    if comparison.difference.high < 0:
+        return "keep", f"worse: {versus}"
+    fallen = _fallen(comparison, evaluation.gate)
+    if fallen:
+        name, change = fallen
+        allowed = f"class_floor allows {100 * evaluation.gate.class_floor:.3g}"
+        return "keep", f"the class {name} falls too far, {in_points(change)}; {allowed}: {versus}"
+    if comparison.difference.low > 0:
+        return "promote", f"better: {versus}"
+    before = evaluation.champion_annotations
+    more = before is not None and evaluation.n_annotations > before
+    if comparison.difference.low > -evaluation.gate.margin and more:
+        return "promote", (
+            f"not worse by more than {100 * evaluation.gate.margin:.3g} points, and trained on {evaluation.n_annotations:,} "
+            f"annotations instead of {before:,}: {versus}"
+        )
+    return "undecided", f"not enough evidence: {versus}; {_remedy(comparison)}"
+
+
+def _versus(evaluation: Evaluation, comparison: Comparison, champion_version: int) -> str:
+    shared = len(comparison.classes)
+    classes = "" if shared == len(evaluation.classes) else f" of the {shared} classes that both know"
+    return (
+        f"{METRIC_TITLES[evaluation.challenger.metric]} {comparison.challenger:.1%} against version {champion_version}'s "
+        f"{comparison.champion:.1%} on {comparison.images} holdout images{classes}, {in_points(comparison.difference)}"
+    )
+
+
+def _fallen(comparison: Comparison, rules: GateRules) -> tuple[str, Interval] | None:
+    """Of the classes that evidently lost, and more than they may, the one that lost most."""
+    fallen = [
+        (name, change) for name, change in comparison.per_class.items() if change.value < -rules.class_floor and change.high < 0
+    ]
+    return min(fallen, key=lambda item: item[1].value, default=None)
+
+
+def _remedy(comparison: Comparison) -> str:
+    if comparison.needed is None:
+        return "it was trained on no more annotations, so it would have to be evidently better"
+    return f"about {comparison.needed:,} holdout images would decide at this difference"
+
+
+def in_points(difference: Interval) -> str:
+    """A difference and its interval in percentage points: `+3.1 points (+0.4 to +5.9)`."""
+    value, low, high = (f"{100 * number:+.1f}" for number in (difference.value, difference.low, difference.high))
+    return f"{value} points ({low} to {high})"
 
 
 class Promoter:
@@ -85,12 +147,17 @@ class Promoter:
         champion, tag = self._champions.read_tagged(model)
         if champion is not None and champion.version == version:  # a crash came between the swap and the ledger's note
             verdict, reason = judge(evaluation, evaluation.champion.version if evaluation.champion else None)
+            if champion.by == "gate":
+                self._ledger.record_takeover(champion.takeover)
         else:
-            verdict, reason = judge(evaluation, champion.version if champion else None)
+            before = champion.version if champion else None
+            verdict, reason = judge(evaluation, before)
             self._bucket.put(artifacts.onnx_key(model, version), onnx)
             self._bucket.put(artifacts.evaluation_key(model, version), msgspec.json.encode(evaluation))
             if verdict == "promote":
-                self._champions.swap(_pointer(evaluation), tag=tag)
+                successor = pointer(evaluation, before=before, by="gate", reason=reason)
+                self._champions.swap(successor, tag=tag)
+                self._ledger.record_takeover(successor.takeover)
         return Promotion(
             model=model,
             job_name=evaluation.job_name,
@@ -102,6 +169,10 @@ class Promoter:
             holdout_images=len(evaluation.holdout),
             n_annotations=evaluation.n_annotations,
             decided_at=now(),
+            difference=evaluation.comparison.difference if evaluation.comparison else None,
+            calibration_error=evaluation.calibration_error,
+            labels_saved=evaluation.labels_saved,
+            suspects=len(evaluation.suspects),
         )
 
     def _publish(self, promotion: Promotion) -> None:
@@ -110,7 +181,7 @@ class Promoter:
         if version:
             self._registry.tag(model, version, {"verdict": promotion.verdict, "verdict_reason": promotion.reason})
             champion = self._champions.read(model)
-            if promotion.verdict == "keep":
+            if promotion.verdict != "promote":
                 self._registry.set_alias(model, "challenger", version)
             elif champion is not None and champion.version == version:
                 self._registry.set_alias(model, "champion", version)
@@ -167,7 +238,8 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
     return content.read()
 
 
-def _pointer(evaluation: Evaluation) -> Champion:
+def pointer(evaluation: Evaluation, *, before: int | None, by: TakenOverBy, reason: str) -> Champion:
+    """The champion pointer that lets a report's challenger serve from now on."""
     version = evaluation.challenger.version
     return Champion(
         model=evaluation.model,
@@ -178,4 +250,7 @@ def _pointer(evaluation: Evaluation) -> Champion:
         value=evaluation.challenger.value,
         n_annotations=evaluation.n_annotations,
         promoted_at=now(),
+        before=before,
+        by=by,
+        reason=reason,
     )

@@ -6,14 +6,15 @@ Times are ISO 8601 in UTC. Shares, scores and the values of metrics lie between 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 ProblemTypeName = Literal["classification", "multilabel", "detection"]
 Split = Literal["train", "validation", "test"]
 TrainingStatus = Literal["running", "completed", "failed", "stopped"]
-Verdict = Literal["promote", "keep"]
+Verdict = Literal["promote", "keep", "undecided"]
+TakenOverBy = Literal["gate", "rollback", "promote"]
 Metric = Literal["accuracy", "f1", "map_50"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the upright image's width and height
 
@@ -36,15 +37,18 @@ class Region(Record, frozen=True, kw_only=True, omit_defaults=True):
     score: float | None = None
 
 
-class ManifestRow(Record, frozen=True, kw_only=True):
+class ManifestRow(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One annotated image of a dataset snapshot. Without regions the annotator found nothing in it."""
 
     image: str  # s3:// address
     sha256: str
+    group: str  # SHA-256 of the first image that looked the same; what split and queue go by
     regions: list[Region]
     split: Split
     annotation: str  # Label Studio's unique_id
     task: int
+    seen: int | None = None  # the version whose prediction the annotator saw; 0 of an order without a model
+    by_model: bool = False  # auto-accepted
 
 
 class Snapshot(Record, frozen=True, kw_only=True):
@@ -80,6 +84,10 @@ class ModelCard(Record, frozen=True, kw_only=True):
     oversampling: float  # least size of the decoded JPEG relative to the model's input
     dataset_digest: str
     boxes: BoxRules | None = None  # of a detector
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0  # that logits are divided by; fitted on the validation split
+    certainties: list[float] = []  # quantiles, evenly spaced, of the certainty on images that were not trained on
+    centroids: bytes = b""  # float16 [clusters, embedding], of the training images
+    accept_from: float | None = None  # certainty from which predictions are as precise as auto_accept promises
 
 
 class Champion(Record, frozen=True, kw_only=True):
@@ -93,6 +101,16 @@ class Champion(Record, frozen=True, kw_only=True):
     value: float  # on the holdout
     n_annotations: int
     promoted_at: str
+    before: int | None = None  # the version that it took over from
+    by: TakenOverBy = "gate"
+    reason: str = ""
+
+    @property
+    def takeover(self) -> Takeover:
+        """How it came to serve, as the ledger's log has it."""
+        return Takeover(
+            model=self.model, version=self.version, before=self.before, by=self.by, reason=self.reason, at=self.promoted_at
+        )
 
 
 class Scores(Record, frozen=True, kw_only=True):
@@ -107,6 +125,64 @@ class Scores(Record, frozen=True, kw_only=True):
     per_class: dict[str, float]
     confusion: list[list[int]] | None
     version: int
+
+
+class Interval(Record, frozen=True, kw_only=True):
+    """An estimate and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class GateRules(Record, frozen=True, kw_only=True):
+    """What the promotion gate goes by: see config.yaml's section `promotion`."""
+
+    margin: float
+    class_floor: float
+    confidence: float
+
+
+class Comparison(Record, frozen=True, kw_only=True):
+    """Challenger against champion, paired image by image, on what both can say: their shared classes.
+
+    `difference` and `per_class`: challenger minus champion, in the metric and in each class's figure; the classes' bounds hold
+    all together. `won` and `lost`: images that only the challenger, only the champion has right. `p_value`: McNemar's exact
+    test; None where a bootstrap gives the interval. `needed`: holdout images with which the same difference would decide; None
+    where it has.
+    """
+
+    classes: list[str]
+    images: int
+    challenger: float
+    champion: float
+    difference: Interval
+    per_class: dict[str, Interval]
+    won: int
+    lost: int
+    p_value: float | None
+    needed: int | None
+
+
+class LabelsSaved(Record, frozen=True, kw_only=True):
+    """Labels from the queue's active part against labels from its random control share, for the same accuracy.
+
+    `share`: 1 - active / control labels; `control`: labels of the control share it rests on.
+    """
+
+    share: Interval
+    control: int
+
+
+class Suspect(Record, frozen=True, kw_only=True):
+    """An annotation that a model which never saw it disagrees with. `quality`: 0 (surely wrong) to 1."""
+
+    task: int
+    annotation: str  # Label Studio's unique_id
+    sha256: str
+    quality: float
+    given: list[Region]
+    suggested: list[Region]
 
 
 class HoldoutImage(Record, frozen=True, kw_only=True):
@@ -135,6 +211,15 @@ class Evaluation(Record, frozen=True, kw_only=True):
     holdout: list[HoldoutImage]
     onnx_sha256: str
     parity: float  # largest difference of ONNX and torch outputs, relative to each output's scale
+    gate: GateRules
+    comparison: Comparison | None  # None without a champion, or where the two share no class or no image
+    calibration_error: float | None  # expected, over the holdout; None where it cannot be measured
+    labels_saved: LabelsSaved | None
+    accept_from: float | None
+    suspects: list[Suspect]  # the worst first
+    champion_annotations: int | None = None  # that the champion was trained on
+    verdict: Verdict = "undecided"  # of the gate, if nothing else takes over meanwhile
+    reason: str = ""
 
 
 class Job(Record, frozen=True, kw_only=True):
@@ -205,6 +290,63 @@ class Promotion(Record, frozen=True, kw_only=True):
     holdout_images: int
     n_annotations: int
     decided_at: str
+    difference: Interval | None = None  # to the champion of then
+    calibration_error: float | None = None
+    labels_saved: LabelsSaved | None = None
+    suspects: int = 0
+
+
+class Takeover(Record, frozen=True, kw_only=True):
+    """A change of the champion pointer: by the gate, or by a person with `labelloop rollback` or `labelloop promote`."""
+
+    model: str
+    version: int
+    before: int | None
+    by: TakenOverBy
+    reason: str
+    at: str
+
+
+class ReviewCase(Record, frozen=True, kw_only=True):
+    """An annotation that annotators are asked to look at again. Settled by any answer of theirs, for good.
+
+    `annotated_at`: when the annotation was last changed, as it stood when the case was raised.
+    """
+
+    model: str
+    project: int
+    sha256: str
+    task: int
+    annotation: str  # Label Studio's unique_id
+    annotated_at: str
+    version: int  # whose training raised it
+    quality: float
+    suggested: list[Region]
+    raised_at: str
+    settled_at: str | None = None
+
+
+class Audit(Record, frozen=True, kw_only=True):
+    """A task that auto-accept leaves to people, to compare their answer with the prediction. `right`: None until there is one."""
+
+    model: str
+    version: int
+    task: int
+    sha256: str
+    predicted: list[Region]
+    noted_at: str
+    right: bool | None = None
+
+
+class TurnedOff(Record, frozen=True, kw_only=True):
+    """That auto-accept has turned itself off for a version, and on what evidence."""
+
+    model: str
+    version: int
+    right: int
+    audited: int
+    reason: str
+    at: str
 
 
 class TrainingSignal(Record, frozen=True, kw_only=True):
@@ -221,11 +363,19 @@ class PromoteSignal(Record, frozen=True, kw_only=True):
     job_name: str
 
 
-class ModelPromoted(Record, frozen=True, kw_only=True):
-    """Detail of the event that `promote` emits, and the message of the refresh queue."""
+class VersionJudged(Record, frozen=True, kw_only=True):
+    """Detail of the events that `promote` emits, and the message of the refresh queue."""
 
     model: str
     version: int
+
+
+class TaskRange(Record, frozen=True, kw_only=True):
+    """A message of the prelabel queue: predict the unlabelled tasks whose ids lie above `after`, up to `upto`."""
+
+    model: str
+    after: int
+    upto: int
 
 
 def now() -> str:
@@ -236,3 +386,9 @@ def now() -> str:
 def version_string(model: str, version: int | None) -> str:
     """What Label Studio calls a version: `digits v3`; `digits v0` before the first."""
     return f"{model} v{version or 0}"
+
+
+def version_number(model: str, version: str) -> int | None:
+    """The number in a version string of the model; None of anybody else's."""
+    name, _, number = version.rpartition(" v")
+    return int(number) if name == model and number.isdecimal() else None

@@ -66,6 +66,11 @@ class Settings:
         return self._get("LABELLOOP_PROMOTE_QUEUE")
 
     @property
+    def prelabel_queue(self) -> str:
+        """URL of the queue that `prelabel` reads."""
+        return self._get("LABELLOOP_PRELABEL_QUEUE")
+
+    @property
     def training_role(self) -> str:
         return self._get("LABELLOOP_TRAINING_ROLE")
 

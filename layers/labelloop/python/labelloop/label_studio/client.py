@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,7 +18,7 @@ import msgspec
 import urllib3
 
 from labelloop.errors import LabelStudioError
-from labelloop.label_studio.payloads import AnnotatedTask
+from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
 _EXPORT_TIMEOUT = urllib3.Timeout(connect=3, read=100)  # s; a synchronous export of 5,000 tasks takes 6 s
@@ -35,6 +36,8 @@ _RETRIES = urllib3.Retry(
 # A listing otherwise shows images at an address of Label Studio's own, once a storage covers them.
 _AS_STORED = {"include": "id,data", "resolve_uri": "false"}
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
+_TASKS = 200  # ids in a URL
+_MOST = 5000  # tasks of a listing that is not paged
 _ADDRESSES = 10  # a filter of that many stays below the 8 KB that web servers take as a URL
 
 
@@ -42,7 +45,8 @@ _ADDRESSES = 10  # a filter of that many stays below the 8 KB that web servers t
 class KnownTask:
     """A task as Label Studio lists it. `annotations` counts skips too.
 
-    `sha256` of the image, and its upright `size` in pixels, are what `ingest` noted; None and (0, 0) where it made no note.
+    `sha256` of the image, its content `group` and its upright `size` in pixels are what `ingest` noted; None and (0, 0) where
+    it made no note.
     """
 
     id: int
@@ -50,6 +54,28 @@ class KnownTask:
     sha256: str | None
     size: tuple[int, int]
     annotations: int
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """A prediction as Label Studio keeps it. `made_by` is a version string where the loop made it."""
+
+    id: int
+    task: int
+    made_by: str
+    score: float | None
+    created_at: str
+    updated_at: str
+    cluster: int | None
+
+
+@dataclass(frozen=True)
+class UnlabelledTask:
+    """A task that nobody has annotated, skipped or begun, and its predictions, the oldest first."""
+
+    task: PredictTask
+    predictions: list[StoredPrediction]
 
 
 class LabelStudioClient:
@@ -79,14 +105,20 @@ class LabelStudioClient:
     def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
         """Every annotated task with its annotations, in one consistent answer."""
         body = self._request("GET", f"/api/projects/{project}/export?exportType=JSON", timeout=_EXPORT_TIMEOUT)
-        try:
-            return msgspec.json.decode(body, type=list[AnnotatedTask])
-        except ValueError as error:  # no JSON, not UTF-8, or not of the type
-            raise LabelStudioError(f"Label Studio exported what is no list of tasks: {error}") from error
+        return _annotated_tasks(body)
 
-    def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> set[str]:
-        """Which of the image addresses have a task already."""
-        found: set[str] = set()
+    def annotations_of(self, project: int, tasks: Sequence[int]) -> list[AnnotatedTask]:
+        """Those of the tasks that are annotated, with their annotations, as `annotated_tasks` gives them."""
+        found: list[AnnotatedTask] = []
+        for start in range(0, len(tasks), _TASKS):
+            some = [("ids[]", task) for task in tasks[start : start + _TASKS]]
+            path = f"/api/projects/{project}/export?{urlencode([('exportType', 'JSON'), *some])}"
+            found += _annotated_tasks(self._request("GET", path, timeout=_EXPORT_TIMEOUT))
+        return found
+
+    def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> dict[str, int]:
+        """Which of the image addresses have a task already, and which."""
+        found: dict[str, int] = {}
         for start in range(0, len(addresses), _ADDRESSES):
             some = addresses[start : start + _ADDRESSES]
             items = [{"filter": f"filter:tasks:data.{data_key}", "operator": "equal", "type": "String", "value": a} for a in some]
@@ -95,7 +127,7 @@ class LabelStudioClient:
             view = json.dumps(query).replace("%", "%25")
             parameters = {"project": project, "page_size": 1000, "query": view, **_AS_STORED}
             answer = self._json("GET", f"/api/tasks?{urlencode(parameters)}")
-            found.update(str(task["data"].get(data_key)) for task in answer["tasks"])
+            found.update((str(task["data"].get(data_key)), int(task["id"])) for task in answer["tasks"])
         return found
 
     def tasks_after(self, project: int, last: int, data_key: str, *, limit: int = 500) -> list[KnownTask]:
@@ -114,15 +146,113 @@ class LabelStudioClient:
             yield from page
             last = page[-1].id
 
+    def prediction(self, prediction: int) -> StoredPrediction:
+        """One prediction; of one that there is not, Label Studio answers 404."""
+        return _stored_prediction(self._json("GET", f"/api/predictions/{prediction}/"))
+
+    def unlabelled_ids(self, project: int, last: int, *, limit: int = 1000) -> list[int]:
+        """The next tasks with neither annotation nor skip whose ids are greater than `last`, by id; at the end none."""
+        answer = self._unlabelled(project, [("id", "greater", "Number", last)], limit, {"include": "id"})
+        return [int(task["id"]) for task in answer]
+
+    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[UnlabelledTask]:
+        """Those with neither annotation, skip nor draft, with `after` < id <= `upto`, by id."""
+        begun = ("draft_exists", "equal", "Boolean", False)
+        ids = [("id", "greater", "Number", after), ("id", "less_or_equal", "Number", upto)]
+        fields = {"include": "id,data,meta,predictions", "fields": "all", "resolve_uri": "false"}
+        return [
+            UnlabelledTask(
+                PredictTask(id=int(task["id"]), data=task["data"], meta=task.get("meta")),
+                sorted(map(_stored_prediction, task["predictions"]), key=lambda prediction: prediction.id),
+            )
+            for task in self._unlabelled(project, [*ids, begun], max(upto - after, 1), fields)
+        ]
+
+    def _unlabelled(
+        self, project: int, filters: list[tuple[str, str, str, Any]], limit: int, fields: dict[str, str]
+    ) -> list[dict[str, Any]]:
+        items = [
+            {"filter": f"filter:tasks:{column}", "operator": operator, "type": kind, "value": value}
+            for column, operator, kind, value in [
+                *filters,
+                ("total_annotations", "equal", "Number", 0),
+                ("cancelled_annotations", "equal", "Number", 0),
+            ]
+        ]
+        query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
+        parameters = {"project": project, "page_size": limit, "query": json.dumps(query), **fields}
+        return list(self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"])
+
+    def add_prediction(self, project: int, task: int, prediction: Prediction, cluster: int | None) -> None:
+        """Give a task a prediction. One by one: Label Studio's bulk import loses the cluster."""
+        self._json("POST", "/api/predictions/", _prediction_body(project, task, prediction, cluster))
+
+    def change_prediction(self, project: int, stored: StoredPrediction, prediction: Prediction, cluster: int | None) -> None:
+        """Put another prediction in a stored one's place; an editor that shows the old one submits as before."""
+        self._json("PATCH", f"/api/predictions/{stored.id}/", _prediction_body(project, stored.task, prediction, cluster))
+
+    def delete_prediction(self, prediction: int) -> None:
+        """Take a prediction away. Whoever has it open cannot submit any more: Label Studio demands that it exists."""
+        self._request("DELETE", f"/api/predictions/{prediction}/")
+
+    def predicted_by(self, project: int, version: str) -> dict[int, tuple[str, StoredPrediction]]:
+        """The tasks with a prediction of a version: when each was last changed, and that prediction."""
+        by = {"filter": "filter:tasks:predictions_model_versions", "operator": "contains", "type": "List", "value": [version]}
+        query = {"filters": {"conjunction": "and", "items": [by]}, "ordering": ["tasks:id"]}
+        fields = {"include": "id,updated_at,predictions", "fields": "all", "resolve_uri": "false"}
+        parameters = {"project": project, "page_size": _MOST, "query": json.dumps(query), **fields}
+        tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
+        return {
+            int(task["id"]): (str(task["updated_at"]), _stored_prediction(prediction))
+            for task in tasks
+            for prediction in task["predictions"]
+            if prediction["model_version"] == version
+        }
+
+    def tabs(self, project: int) -> dict[str, int]:
+        """The ids of the Data Manager's tabs, by title."""
+        views = self._json("GET", f"/api/dm/views/?project={project}")
+        return {str((view.get("data") or {}).get("title") or ""): int(view["id"]) for view in views}
+
+    def add_tab(self, project: int, data: dict[str, Any]) -> None:
+        """Add a tab to the Data Manager, to the right of the others. `data`: title, filters, ordering, as it stores them."""
+        self._json("POST", "/api/dm/views/", {"project": project, "data": data})
+
+    def change_tab(self, project: int, tab: int, data: dict[str, Any]) -> None:
+        """Give a tab another content, in its place."""
+        self._json("PATCH", f"/api/dm/views/{tab}/", {"project": project, "data": data})
+
+    def delete_tab(self, tab: int) -> None:
+        self._request("DELETE", f"/api/dm/views/{tab}/")
+
     def annotate(self, task: int, result: list[dict[str, Any]], *, seconds: float) -> int:
         """Submit an annotation that took `seconds`; its id."""
         answer = self._json("POST", f"/api/tasks/{task}/annotations", {"result": result, "lead_time": seconds})
         return int(answer["id"])
 
+    def annotate_once(self, task: int, result: list[dict[str, Any]], unique_id: str) -> bool:
+        """Give a task an annotation that took nobody any time; False where there is one with that `unique_id` already."""
+        body = {"result": result, "lead_time": 0, "unique_id": unique_id, "last_action": "prediction"}
+        try:
+            self._json("POST", f"/api/tasks/{task}/annotations", body)
+        except LabelStudioError as error:
+            if error.status == HTTPStatus.CONFLICT:
+                return False
+            raise
+        return True
+
     def import_tasks(self, project: int, tasks: Iterable[dict[str, Any]]) -> list[int]:
-        """Create tasks; their ids, in order. All or none."""
-        answer = self._json("POST", f"/api/projects/{project}/import?return_task_ids=true", list(tasks))
-        return [int(task) for task in answer["task_ids"]]
+        """Create tasks, with the predictions that they bring; their ids, in order. All or none of the tasks.
+
+        Label Studio loses the predictions when it has to try again, as on SQLite when somebody else writes: they follow then.
+        """
+        new = list(tasks)
+        answer = self._json("POST", f"/api/projects/{project}/import?return_task_ids=true", new)
+        ids = [int(task) for task in answer["task_ids"]]
+        brought = [{"task": number, **its} for number, task in zip(ids, new, strict=True) for its in task.get("predictions", [])]
+        if brought and answer["prediction_count"] == 0:
+            self._json("POST", f"/api/projects/{project}/import/predictions", brought)
+        return ids
 
     def backends(self, project: int) -> list[dict[str, Any]]:
         """The ML backends connected to a project. Label Studio checks each one's health meanwhile."""
@@ -163,7 +293,7 @@ class LabelStudioClient:
         finally:
             answer.release_conn()
         if len(data) > limit:
-            raise LabelStudioError(f"{path} is larger than {limit} bytes")
+            raise LabelStudioError(f"{path} is larger than {limit} bytes", status=answer.status)
         return data
 
     def _json(self, method: str, path: str, body: Any = None) -> Any:
@@ -224,6 +354,36 @@ class LabelStudioClient:
         return f"Bearer {self._access[0]}"
 
 
+def _stored_prediction(answer: dict[str, Any]) -> StoredPrediction:
+    return StoredPrediction(
+        id=int(answer["id"]),
+        task=int(answer["task"]),
+        made_by=str(answer["model_version"] or ""),
+        score=answer["score"],
+        created_at=str(answer["created_at"]),
+        updated_at=str(answer["updated_at"]),
+        cluster=answer["cluster"],
+    )
+
+
+def _prediction_body(project: int, task: int, prediction: Prediction, cluster: int | None) -> dict[str, Any]:
+    return {
+        "project": project,
+        "task": task,
+        "result": prediction.result,
+        "score": prediction.score,
+        "model_version": prediction.model_version,
+        "cluster": cluster,
+    }
+
+
+def _annotated_tasks(body: bytes) -> list[AnnotatedTask]:
+    try:
+        return msgspec.json.decode(body, type=list[AnnotatedTask])
+    except ValueError as error:  # no JSON, not UTF-8, or not of the type
+        raise LabelStudioError(f"Label Studio exported what is no list of tasks: {error}") from error
+
+
 def _known_task(task: dict[str, Any], data_key: str) -> KnownTask:
     meta = task.get("meta") or {}
     return KnownTask(
@@ -232,4 +392,5 @@ def _known_task(task: dict[str, Any], data_key: str) -> KnownTask:
         sha256=meta.get("sha256"),
         size=(int(meta.get("width") or 0), int(meta.get("height") or 0)),
         annotations=int(task["total_annotations"]) + int(task["cancelled_annotations"]),
+        group=meta.get("group"),
     )

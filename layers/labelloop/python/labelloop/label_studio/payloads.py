@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
 
 from labelloop.errors import ImageError
+from labelloop.records import version_number
+
+_BY_MODEL = "6c616265-6c6c-8"
+_AT_ONCE = timedelta(seconds=1)  # between the two times that Label Studio notes when it makes an annotation
 
 
 class Annotation(msgspec.Struct, frozen=True):
@@ -17,6 +23,23 @@ class Annotation(msgspec.Struct, frozen=True):
     result: list[dict[str, Any]] | None = None
     was_cancelled: bool = False  # skipped by the annotator
     updated_at: str = ""
+    created_at: str = ""
+    prediction: Any = None  # Label Studio's copy of the task's prediction by the version shown at the submit; {} without one
+
+    def seen(self, model: str) -> int | None:
+        """The version whose prediction the annotator had before them (0: an order without a model); None where there was none."""
+        by = self.prediction.get("model_version") if isinstance(self.prediction, dict) else None
+        return version_number(model, by) if isinstance(by, str) else None
+
+    @property
+    def by_model(self) -> bool:
+        """Whether auto-accept made it and nobody has changed or confirmed it since; see `model_annotation_id`."""
+        return self.unique_id.startswith(_BY_MODEL) and not self._was_touched
+
+    @property
+    def _was_touched(self) -> bool:
+        created, updated = (datetime.fromisoformat(moment) for moment in (self.created_at, self.updated_at))
+        return updated - created > _AT_ONCE
 
 
 class AnnotatedTask(msgspec.Struct, frozen=True):
@@ -29,8 +52,12 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
 
     @property
     def latest(self) -> Annotation | None:
-        """The annotation that counts: the one changed last, skips aside. An empty one says that there is nothing in the image."""
-        return max((a for a in self.annotations if not a.was_cancelled), key=lambda a: a.updated_at, default=None)
+        """The annotation that counts: a person's before the model's, then the one changed last, skips aside.
+
+        An empty one says that there is nothing in the image.
+        """
+        counting = (annotation for annotation in self.annotations if not annotation.was_cancelled)
+        return max(counting, key=lambda annotation: (not annotation.by_model, annotation.updated_at), default=None)
 
     def image(self, data_key: str) -> str:
         """The image's address. Raises `ImageError` when the task has none."""
@@ -44,12 +71,29 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
             raise ImageError("the task was not made by labelloop (no sha256 in its meta data)")
         return value
 
+    @property
+    def content_group(self) -> str:
+        """The content group that `ingest` noted; an image from before there were any is its own. Raises `ImageError`."""
+        return str((self.meta or {}).get("group") or self.content_hash)
+
+    @property
+    def resembled_groups(self) -> list[str]:
+        """The other content groups that the image resembles."""
+        return [str(group) for group in (self.meta or {}).get("resembles") or []]
+
 
 class PredictTask(msgspec.Struct, frozen=True):
     """A task of a predict request."""
 
     id: Any = None
     data: Any = None
+    meta: Any = None
+
+    @property
+    def group(self) -> str | None:
+        """The image's content group, as `ingest` noted it; None of tasks that it did not make."""
+        group = self.meta.get("group") if isinstance(self.meta, dict) else None
+        return group if isinstance(group, str) and group else None
 
 
 class PredictRequest(msgspec.Struct, frozen=True):
@@ -89,6 +133,15 @@ class PredictResponse(msgspec.Struct, frozen=True):
 
     results: list[Prediction | NotPredicted]
     model_version: str
+
+
+def model_annotation_id(project: int, sha256: str) -> str:
+    """The `unique_id` of the annotation that auto-accept makes of an image in a project; those of people are random.
+
+    A UUID of version 8 that begins with "labell". Label Studio keeps it, exports it, and refuses a second annotation with it.
+    """
+    tail = hashlib.sha256(f"{project}:{sha256}".encode()).hexdigest()
+    return f"{_BY_MODEL}{tail[:3]}-8{tail[3:6]}-{tail[6:18]}"
 
 
 def image_address(data: Any, data_key: str) -> str:

@@ -54,6 +54,10 @@ class ProblemType(Protocol):
         """How sure the model is of what it chose, 0 to 1; uncertainty sampling hands out the lowest first."""
         ...
 
+    def agrees(self, one: Sequence[Region], other: Sequence[Region]) -> bool:
+        """Whether two say the same of an image, scores aside: the same classes; for boxes, an IoU of at least a half."""
+        ...
+
     def prompted(self, context: Any, candidates: Sequence[Region]) -> list[Region] | None:
         """The best candidates where an annotator points (interactive mode); None where the type has no such tools."""
         ...

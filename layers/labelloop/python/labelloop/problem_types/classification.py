@@ -35,11 +35,11 @@ class Classification:
         return choices_result(regions, label_config)
 
     def candidates(self, outputs: Sequence[np.ndarray[Any, Any]], card: ModelCard) -> list[Region]:
-        """Every class with its softmax probability."""
+        """Every class with its softmax probability at the card's temperature."""
         import numpy as np
 
         (logits,) = outputs
-        exponentials = np.exp((logits - logits.max()).astype(np.float64))
+        exponentials = np.exp((logits - logits.max()).astype(np.float64) / card.temperature)
         probabilities = exponentials / exponentials.sum()
         order = np.argsort(-probabilities, kind="stable")
         return [Region(label=card.classes[number], score=float(probabilities[number])) for number in order]
@@ -48,8 +48,12 @@ class Classification:
         return list(candidates[:1])
 
     def certainty(self, candidates: Sequence[Region], card: ModelCard) -> float:
-        """The likeliest class's probability."""
-        return candidates[0].score or 0.0
+        """How much likelier the likeliest class is than the next (the margin)."""
+        best, *others = (region.score or 0.0 for region in candidates)
+        return best - max(others, default=0.0)
+
+    def agrees(self, one: Sequence[Region], other: Sequence[Region]) -> bool:
+        return [region.label for region in one] == [region.label for region in other]
 
     def prompted(self, context: Any, candidates: Sequence[Region]) -> None:
         return None
@@ -66,14 +70,16 @@ def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str
 
 
 def choices_result(regions: Sequence[Region], label_config: LabelConfig) -> list[dict[str, Any]]:
-    """Classes as Label Studio's result; none of them is an empty one."""
+    """Classes as Label Studio's result, with the score of the least likely; none of them is an empty one."""
     if not regions:
         return []
+    scores = [region.score for region in regions if region.score is not None]
     return [
         {
             "from_name": label_config.from_name,
             "to_name": label_config.to_name,
             "type": "choices",
             "value": {"choices": [region.label for region in regions]},
+            **({"score": min(scores)} if scores else {}),
         }
     ]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FLOOR = 0.05  # score under which a box is not considered, as in COCO's evaluations
 _UPRIGHT = 0.01  # degrees
+_SAME = 0.5  # IoU from which two boxes are one thing, as in the metric
 _KIND = "rectanglelabels"  # of the regions, and the key of their classes
 
 
@@ -63,7 +64,8 @@ class Detection:
     def candidates(self, outputs: Sequence[np.ndarray[Any, Any]], card: ModelCard) -> list[Region]:
         """The boxes of some score after non-maximum suppression among those of each class.
 
-        `outputs`: boxes `[A, K, 4]`, K = 1 or the number of classes, and scores `[A, classes]`.
+        `outputs`: boxes `[A, K, 4]`, K = 1 or the number of classes, and scores `[A, classes]`. The card's temperature changes
+        what the scores of the boxes found say, not which boxes are found.
         """
         import numpy as np
 
@@ -73,8 +75,9 @@ class Detection:
         has_area = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
         anchors, classes, chosen = anchors[has_area], classes[has_area], chosen[has_area]
         found = scores[anchors, classes]
+        shown = _tempered(found, card.temperature)
         return [
-            Region(label=card.classes[classes[n]], box=_as_box(chosen[n]), score=float(found[n]))
+            Region(label=card.classes[classes[n]], box=_as_box(chosen[n]), score=float(shown[n]))
             for n in suppress(chosen, found, classes, _rules(card))
         ]
 
@@ -86,6 +89,10 @@ class Detection:
         threshold = _rules(card).score_threshold
         scores = [region.score or 0.0 for region in candidates]
         return min((score if score >= threshold else 1 - score for score in scores), default=1 - FLOOR)
+
+    def agrees(self, one: Sequence[Region], other: Sequence[Region]) -> bool:
+        """Whether each box has a partner in the other: of its class, with an IoU of at least a half."""
+        return len(one) == len(other) and _all_find_a_partner([[_are_partners(a, b) for b in other] for a in one])
 
     def prompted(self, context: Any, candidates: Sequence[Region]) -> list[Region]:
         """The best candidate under the newest rectangle or keypoint, with the class that the annotator has picked.
@@ -131,6 +138,38 @@ def iou(one: Box, other: Box) -> float:
     if width <= 0 or height <= 0:
         return 0.0
     return width * height / (_area(one) + _area(other) - width * height)
+
+
+def _are_partners(one: Region, other: Region) -> bool:
+    if one.label != other.label or one.box is None or other.box is None:
+        return False
+    return iou(one.box, other.box) >= _SAME
+
+
+def _all_find_a_partner(suits: list[list[bool]]) -> bool:
+    """Whether every row can have a column of its own that suits it (bipartite matching by augmenting paths)."""
+    taken: dict[int, int] = {}  # column → row
+
+    def finds(row: int, tried: set[int]) -> bool:
+        for column, suitable in enumerate(suits[row]):
+            if suitable and column not in tried:
+                tried.add(column)
+                if column not in taken or finds(taken[column], tried):
+                    taken[column] = row
+                    return True
+        return False
+
+    return all(finds(row, set()) for row in range(len(suits)))
+
+
+def _tempered(scores: np.ndarray[Any, Any], temperature: float) -> np.ndarray[Any, Any]:
+    """Scores between 0 and 1 with their logits divided by the temperature; at 1 they stay to the last digit."""
+    if temperature == 1:
+        return scores
+    exact = scores.astype("float64")
+    right, wrong = exact ** (1 / temperature), (1 - exact) ** (1 / temperature)
+    tempered: np.ndarray[Any, Any] = right / (right + wrong)
+    return tempered
 
 
 def _area(box: Box) -> float:

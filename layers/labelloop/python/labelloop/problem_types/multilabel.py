@@ -33,11 +33,11 @@ class Multilabel:
         return choices_result(regions, label_config)
 
     def candidates(self, outputs: Sequence[np.ndarray[Any, Any]], card: ModelCard) -> list[Region]:
-        """Every class with its sigmoid probability."""
+        """Every class with its sigmoid probability at the card's temperature."""
         import numpy as np
 
         (logits,) = outputs
-        probabilities = 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))  # no overflow at any logit
+        probabilities = 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64) / card.temperature))  # no overflow at any logit
         order = np.argsort(-probabilities, kind="stable")
         return [Region(label=card.classes[number], score=float(probabilities[number])) for number in order]
 
@@ -47,6 +47,9 @@ class Multilabel:
     def certainty(self, candidates: Sequence[Region], card: ModelCard) -> float:
         """The probability of the decision that the model is least sure of, at least a half."""
         return min(max(region.score or 0.0, 1 - (region.score or 0.0)) for region in candidates)
+
+    def agrees(self, one: Sequence[Region], other: Sequence[Region]) -> bool:
+        return {region.label for region in one} == {region.label for region in other}
 
     def prompted(self, context: Any, candidates: Sequence[Region]) -> None:
         return None

@@ -1,0 +1,58 @@
+"""Ranges of tasks from the prelabel queue: the champion predicts those that nobody has annotated."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import boto3
+import msgspec
+from aws_lambda_powertools import Logger
+from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
+from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from labelloop.artifacts import Bucket, Champions
+from labelloop.errors import LabelloopError
+from labelloop.label_studio.access import connect
+from labelloop.ledger import Ledger
+from labelloop.model_config import ModelConfigs
+from labelloop.predict import TaskPredictor
+from labelloop.prelabel import SETTLED, Prelabeller
+from labelloop.prelabel_queue import PrelabelQueue
+from labelloop.records import TaskRange
+from labelloop.settings import Settings
+
+logger = Logger()
+processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
+
+
+@cache
+def prelabeller() -> Prelabeller:
+    settings = Settings()
+    label_studio, champions = connect(settings), Champions(Bucket(settings.artifacts_bucket))
+    images, url = Bucket(settings.images_bucket), settings.label_studio_url
+    predictor = TaskPredictor(ModelConfigs.find(), images, champions, lambda: label_studio, label_studio_url=url)
+    return Prelabeller(champions, Ledger(settings.ledger_table), label_studio, predictor, log=logger.warning)
+
+
+@cache
+def queue() -> PrelabelQueue:
+    return PrelabelQueue(Settings().prelabel_queue, boto3.client("sqs"))
+
+
+def prelabel(record: SQSRecord) -> None:
+    tasks = msgspec.json.decode(record.body, type=TaskRange)
+    try:
+        outcome = prelabeller()(tasks)
+        if outcome.unsettled:
+            queue().send([tasks], delay=SETTLED)
+    except LabelloopError as error:
+        logger.error("comes again", model=tasks.model, reason=str(error), error=type(error).__name__)
+        raise
+    logger.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome=vars(outcome))
+
+
+@logger.inject_lambda_context
+def handler(event: dict[str, Any], context: LambdaContext) -> Any:
+    return process_partial_response(event, prelabel, processor, context)

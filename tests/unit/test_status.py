@@ -1,0 +1,220 @@
+"""`labelloop status`: what it reads from the ledger and Label Studio, and how a person sees it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from cli.status import Status, read_status, show
+from labelloop import artifacts
+from labelloop.artifacts import Bucket, Champions
+from labelloop.dataset import resolution
+from labelloop.errors import LabelStudioError
+from labelloop.label_studio.payloads import AnnotatedTask
+from labelloop.ledger import Ledger
+from labelloop.model_config import AutoAccept, ModelFolder
+from labelloop.records import Interval, LabelsSaved, Promotion, ReviewCase, Takeover
+from tests import examples
+
+NOON = "2026-01-01T12:00:00.000+00:00"
+DIGITS = examples.CONFIGS["digits"]
+
+
+@dataclass
+class LabelStudio:
+    """One project; it counts what it is asked."""
+
+    annotated: list[AnnotatedTask] = field(default_factory=list)
+    down: bool = False
+    asked: list[str] = field(default_factory=list)
+
+    def counts(self, project: int) -> dict[str, int]:
+        self._ask("counts")
+        return {"tasks": 1800, "annotated": len(self.annotated)}
+
+    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
+        self._ask("export")
+        return self.annotated
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if self.down:
+            raise LabelStudioError("Label Studio does not answer")
+
+
+@dataclass
+class Stage:
+    ledger: Ledger
+    bucket: Bucket
+    label_studio: LabelStudio = field(default_factory=LabelStudio)
+    folder: ModelFolder = DIGITS
+
+    def __post_init__(self) -> None:
+        self.ledger.set_project("digits", 1)
+
+    def status(self) -> Status:
+        deployment = SimpleNamespace(
+            stage="local", ledger=self.ledger, champions=Champions(self.bucket), label_studio=self.label_studio
+        )
+        return read_status(cast(Any, deployment), self.folder)
+
+    def decide(self, version: int, value: float, **more: Any) -> None:
+        fields: dict[str, Any] = {
+            "model": "digits",
+            "job_name": f"job-{version}",
+            "version": version,
+            "verdict": "promote",
+            "reason": f"reason {version}",
+            "metric": "accuracy",
+            "value": value,
+            "holdout_images": 100 * version,
+            "n_annotations": 500 * version,
+            "decided_at": NOON,
+        }
+        promotion = Promotion(**{**fields, **more})
+        self.ledger.record_promotion(promotion)
+        if promotion.verdict == "promote":
+            champions = Champions(self.bucket)
+            champions.swap(examples.champion(version), tag=champions.read_tagged("digits")[1])
+            at = f"2026-01-0{version}T12:00:00.000+00:00"
+            self.ledger.record_takeover(
+                Takeover(model="digits", version=version, before=version - 1 or None, by="gate", reason="won", at=at)
+            )
+
+
+@pytest.fixture
+def stage(ledger: Ledger, bucket: Bucket) -> Stage:
+    return Stage(ledger, bucket)
+
+
+@pytest.fixture
+def busy(stage: Stage) -> Stage:
+    """Three versions, the last of them undecided."""
+    stage.decide(1, 0.88, calibration_error=0.051)
+    saved = LabelsSaved(share=Interval(value=0.42, low=0.13, high=0.61), control=96)
+    difference = Interval(value=0.083, low=0.041, high=0.125)
+    stage.decide(2, 0.963, difference=difference, calibration_error=0.021, labels_saved=saved)
+    unclear = Interval(value=0.004, low=-0.021, high=0.029)
+    stage.decide(3, 0.967, difference=unclear, calibration_error=0.018, verdict="undecided", suspects=7)
+    return stage
+
+
+def said(status: Status, width: int = 300) -> list[str]:
+    file = io.StringIO()
+    show(status, Console(file=file, width=width))
+    return file.getvalue().splitlines()
+
+
+def drawn(number: int, label: str, version: int, kept: str) -> AnnotatedTask:
+    """A task whose annotator had a version's `kept` before them and said `label`."""
+    task = examples.annotated_task(number, label)
+    result = examples.annotated_task(number, kept).annotations[0].result
+    prediction = {"id": number, "model_version": f"digits v{version}", "result": result}
+    return msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], prediction=prediction)])
+
+
+def test_versions_with_verdict_difference_and_calibration(busy: Stage) -> None:
+    status = busy.status()
+    assert [(v.version, v.verdict, v.champion, v.suspects) for v in status.versions] == [
+        (1, "promote", False, 0),
+        (2, "promote", True, 0),
+        (3, "undecided", False, 7),
+    ]
+    assert status.versions[1].difference == Interval(value=0.083, low=0.041, high=0.125)
+    lines = said(status)
+    row = next(line for line in lines if line.startswith("      2 "))
+    for part in ("1,000", "96.3%", "2.1%", "+8.3 (+4.1 to +12.5)", "promote", "champion"):
+        assert part in row
+    assert any("undecided: reason 3" in line for line in lines)
+
+
+def test_the_table_fits_a_hundred_columns(busy: Stage) -> None:
+    lines = said(busy.status())
+    assert max(len(line.rstrip()) for line in lines[1:6]) <= 100
+
+
+def test_the_holdout_says_what_it_tells_apart_and_a_small_one_warns(stage: Stage) -> None:
+    assert stage.status().holdout is None
+    stage.decide(1, 0.9, holdout_images=5)
+    assert any("5 images tell apart no less than" in line for line in said(stage.status()))
+    stage.decide(2, 0.9, holdout_images=2000)
+    status = stage.status()
+    assert status.holdout is not None
+    assert (status.holdout.images, status.holdout.resolution) == (2000, resolution(2000))
+    assert any(f"2,000 images tell apart {100 * resolution(2000):.1f} points" in line for line in said(status))
+
+
+def test_labels_saved_are_those_of_the_last_version_that_measured_them(busy: Stage) -> None:
+    status = busy.status()
+    assert status.queue.labels_saved is not None
+    assert any("diverse, 10% at random; labels saved against random: 42% (13% to 61%), by 96" in line for line in said(status))
+
+
+def test_takeovers_come_latest_first(busy: Stage) -> None:
+    status = busy.status()
+    assert [takeover.version for takeover in status.takeovers] == [2, 1]
+    assert any("version 2 took over from version 1" in line for line in said(status))
+
+
+def test_acceptance_by_version_from_one_export(busy: Stage) -> None:
+    kept = [drawn(1, "1", 1, "1"), drawn(2, "2", 1, "7"), drawn(3, "3", 2, "3")]
+    busy.label_studio.annotated = [*kept, examples.annotated_task(4)]
+    status = busy.status()
+    assert [v.acceptance and (v.acceptance.kept, v.acceptance.shown) for v in status.versions] == [(1, 2), (1, 1), None]
+    assert busy.label_studio.asked.count("export") == 1
+    assert "50%" in next(line for line in said(status) if line.startswith("      1 "))
+
+
+def test_without_a_version_nothing_is_exported(stage: Stage) -> None:
+    assert stage.status().auto_accept is None
+    assert stage.label_studio.asked == ["counts"]
+
+
+def test_review_cases_are_counted(stage: Stage) -> None:
+    assert not any(line.startswith("review") for line in said(stage.status()))
+    for number, settled_at in ((1, None), (2, None), (3, NOON)):
+        case = ReviewCase(
+            model="digits",
+            project=1,
+            sha256=examples.sha256(str(number)),
+            task=number,
+            annotation=f"annotation-{number}",
+            annotated_at=NOON,
+            version=1,
+            quality=0.1,
+            suggested=[],
+            raised_at=NOON,
+            settled_at=settled_at,
+        )
+        stage.ledger.record_review_case(case)
+    assert any("2 annotations to look at again, 1 settled" in line for line in said(stage.status()))
+
+
+@pytest.mark.parametrize(("accept_from", "expected"), [(0.97, "from a certainty of 0.970"), (None, "nowhere as precise")])
+def test_auto_accept_says_how_it_stands(busy: Stage, accept_from: float | None, expected: str) -> None:
+    assert not any(line.startswith("auto-accept") for line in said(busy.status()))
+    busy.folder = ModelFolder(DIGITS.folder)
+    busy.folder.__dict__["config"] = msgspec.structs.replace(DIGITS.config, auto_accept=AutoAccept(precision=0.99))
+    report = msgspec.structs.replace(examples.evaluation(version=2), accept_from=accept_from)
+    busy.bucket.put(artifacts.evaluation_key("digits", 2), msgspec.json.encode(report))
+    assert any(line.startswith("auto-accept") and expected in line for line in said(busy.status()))
+
+
+def test_a_label_studio_that_is_down_costs_only_its_own_figures(busy: Stage) -> None:
+    busy.label_studio.down = True
+    status = busy.status()
+    assert (status.tasks, status.annotations, status.next_training, status.auto_accept) == (None, None, None, None)
+    assert [v.version for v in status.versions] == [1, 2, 3]
+    assert status.problems == ["Label Studio does not answer"]
+    assert any(line.startswith("problem") for line in said(status))
+
+
+def test_json_holds_all_of_it(busy: Stage) -> None:
+    status = busy.status()
+    assert msgspec.json.decode(msgspec.json.encode(status), type=Status) == status

@@ -1,0 +1,74 @@
+"""Confidence that means what it says: of what a model is 90 % sure of, nine in ten should be right.
+
+A single number, the temperature that logits are divided by, mends most of a network's overconfidence and changes no order of
+the classes (Guo et al., On Calibration of Modern Neural Networks, 2017).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from torchmetrics.functional.classification import binary_calibration_error
+
+from labelloop import problem_types
+from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region
+from training_jobs import problem
+
+_FEWEST = 20  # decisions
+_HOTTEST = 10.0  # and its inverse the coldest
+_LEAST = 1e-30  # a probability whose logarithm is taken
+_BINS = 15
+_QUANTILES = 101
+
+
+def temperature(
+    kind: ProblemTypeName, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]
+) -> float:
+    """The temperature that makes what annotators said likeliest, between a tenth and ten.
+
+    `candidates`: at temperature 1, of `rows` that were not trained on. It is 1 where fewer than 20 decisions, or none that is
+    right or none that is wrong, say nothing of how often a confident one is right: the likeliest temperature would be none
+    or infinite.
+    """
+    decisions = problem.of(kind).decisions(rows, candidates, classes)
+    wrong = decisions.probabilities.argmax(axis=1) != decisions.answers
+    if len(wrong) < _FEWEST or wrong.all() or not wrong.any():
+        return 1.0
+    logarithms = np.log(decisions.probabilities.clip(min=_LEAST))
+
+    def loss(log_temperature: float) -> float:
+        tempered = log_softmax(logarithms / math.exp(log_temperature), axis=1)
+        return -float(np.take_along_axis(tempered, decisions.answers[:, np.newaxis], axis=1).mean())
+
+    bound = math.log(_HOTTEST)
+    return math.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x)
+
+
+def calibration_error(
+    kind: ProblemTypeName, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]
+) -> float | None:
+    """Expected calibration error, 0 to 1, in 15 bins: how far from the truth what is shown is on average.
+
+    Of classification: the likeliest class's probability; of multilabel: each class's; of detection: each box's score. None
+    where a detector finds nothing.
+    """
+    decisions = problem.of(kind).decisions(rows, candidates, classes)
+    if not len(decisions.true):
+        return None
+    shown, true = torch.from_numpy(decisions.shown), torch.from_numpy(decisions.true).int()
+    return float(binary_calibration_error(shown, true, n_bins=_BINS))
+
+
+def certainties(kind: ProblemTypeName, candidates: Sequence[Sequence[Region]], card: ModelCard) -> list[float]:
+    """How certain the card's model is as a rule: 101 quantiles, evenly spaced, least first; none without an image."""
+    certainty = problem_types.of(kind).certainty
+    if not candidates:
+        return []
+    every = [certainty(found, card) for found in candidates]
+    quantiles: list[float] = np.quantile(every, np.linspace(0, 1, _QUANTILES)).tolist()
+    return quantiles

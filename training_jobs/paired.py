@@ -1,0 +1,187 @@
+"""Intervals of the difference between two models that were measured on the same images.
+
+All bounds are one-sided: each holds with the given confidence by itself, those of the classes all together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import binomtest, bootstrap, norm, t
+
+from labelloop.records import Interval
+
+type Floats = NDArray[np.float64]
+type Figures = Callable[[Floats], Floats]
+"""Weights of images `[B, images]` → figures `[B, 1 + classes]`: the metric, then each class's; NaN where nothing is weighed."""
+
+_RESAMPLES = 2_000
+_AT_ONCE = 100  # resamples; a detector's boxes are many
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two models reach on the same images, and challenger minus champion, in all and in each class."""
+
+    challenger: float
+    champion: float
+    total: Interval
+    per_class: dict[str, Interval]
+
+
+def proportions(challenger: NDArray[np.bool_], champion: NDArray[np.bool_], of: Sequence[str], confidence: float) -> Difference:
+    """Of shares of images that are right: bool `[images]` each, and the class of every image."""
+    names, classes = np.array(of), list(dict.fromkeys(of))
+
+    def change(chosen: NDArray[np.bool_], confidence: float) -> Interval:
+        won, lost = (challenger & ~champion)[chosen], (champion & ~challenger)[chosen]
+        return proportion(int(won.sum()), int(lost.sum()), int(chosen.sum()), confidence)
+
+    return Difference(
+        challenger=float(challenger.mean()),
+        champion=float(champion.mean()),
+        total=change(np.full(len(names), fill_value=True), confidence),
+        per_class={name: change(names == name, _together(confidence, len(classes))) for name in classes},
+    )
+
+
+def proportion(won: int, lost: int, images: int, confidence: float) -> Interval:
+    """The difference of two paired proportions: the score interval of Tango (Statistics in Medicine 17, 1998, 891-908).
+
+    `won`, `lost`: images that only the one, only the other has right. The interval is right for few of them, and has a
+    width where there is none: ± z² / (images + z²).
+    """
+    z = _z(confidence)
+    return Interval(value=(won - lost) / images, low=_lower(won, lost, images, z), high=-_lower(lost, won, images, z))
+
+
+def _lower(won: int, lost: int, images: int, z: float) -> float:
+    """The least difference that the score test does not reject."""
+    if z == 0:
+        return (won - lost) / images
+    if won == lost == 0:
+        return -unseen(images, z)
+
+    def excess(difference: float) -> float:
+        """The score less what it may be; the share of losses is the likeliest one at this difference."""
+        a = 2 * images
+        b = (2 * images - won + lost) * difference - won - lost
+        c = -lost * difference * (1 - difference)
+        losses = (math.sqrt(max(b * b - 4 * a * c, 0)) - b) / (2 * a)
+        variance = images * (2 * losses + difference * (1 - difference))
+        return won - lost - images * difference - z * math.sqrt(max(variance, 0))
+
+    if lost == images:
+        return -1.0
+    return float(brentq(excess, -1.0, (won - lost) / images - 1e-9))
+
+
+def unseen(images: int, z: float) -> float:
+    """The largest difference that would show in none of so many images (Tango's bound): z² / (images + z²)."""
+    return z * z / (images + z * z)
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """The p-value, two-sided, of McNemar's exact test: whether the two models are equally often right.
+
+    It is the stricter of the two: where it rejects at twice the level of a bound of `proportion`, that bound excludes 0, too.
+    """
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def bootstrapped(
+    challenger: Figures, champion: Figures, shown: Sequence[int], classes: Sequence[str], confidence: float
+) -> Difference:
+    """Of any figures: a bootstrap over images, the two models on the same resample. The seed is fixed.
+
+    `shown`: images in all, then those that show each class. A resample without a class says nothing of it: a difference of
+    0. A bootstrap cannot see what none of the images shows, so its bounds are moved away from the estimate at least as far
+    as Tango's are where no image differs.
+    """
+    images = shown[0]
+
+    def difference(numbers: NDArray[np.int64], axis: int) -> Floats:  # noqa: ARG001 - the last one; scipy names it
+        drawn = [np.bincount(some, minlength=images) for some in numbers.reshape(-1, numbers.shape[-1])]
+        weights = np.stack(drawn).astype(np.float64)
+        change = np.nan_to_num(challenger(weights) - champion(weights))
+        return change.T.reshape(-1, *numbers.shape[:-1])
+
+    found = bootstrap(
+        (np.arange(images),),
+        difference,
+        n_resamples=_RESAMPLES,
+        batch=_AT_ONCE,
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    ).bootstrap_distribution
+    ours, theirs = (figures(np.ones((1, images)))[0] for figures in (challenger, champion))
+    seen = [name for name, count in zip(classes, shown[1:], strict=True) if count]
+
+    def bounds(value: float, resampled: Floats, count: int, confidence: float) -> Interval:
+        z, aside = _z(confidence), 1 - _expanded(confidence, images)
+        low, high = np.quantile(resampled, (aside, 1 - aside))
+        return Interval(
+            value=value,
+            low=max(-1.0, min(float(low), value - unseen(count, z))),
+            high=min(1.0, max(float(high), value + unseen(count, z))),
+        )
+
+    levels = [confidence] + [_together(confidence, len(seen))] * len(classes)
+    intervals = [
+        bounds(float(value), resampled, count, level)
+        for value, resampled, count, level in zip(ours - theirs, found, shown, levels, strict=True)
+        if count
+    ]
+    return Difference(
+        challenger=float(ours[0]),
+        champion=float(theirs[0]),
+        total=intervals[0],
+        per_class=dict(zip(seen, intervals[1:], strict=True)),
+    )
+
+
+def _together(confidence: float, classes: int) -> float:
+    """The confidence of each class's bounds with which all of them hold together (Bonferroni): chance finds some class."""
+    return 1 - (1 - confidence) / max(classes, 1)
+
+
+def _expanded(confidence: float, images: int) -> float:
+    """The share of a bootstrap's resamples below the bound that holds with `confidence`, for few images, too.
+
+    Hesterberg's expanded percentile interval (The American Statistician 69, 2015, 371-386): Student's t instead of z, and the
+    spread of a sample instead of its resamples'.
+    """
+    freedom = max(images - 1, 1)
+    return float(norm.cdf(math.sqrt(images / freedom) * t.ppf(confidence, freedom)))
+
+
+def needed(difference: Interval, images: int, margin: float, confidence: float) -> int | None:
+    """With how many images the same difference, as changeable from image to image, would decide; None where it has.
+
+    For a challenger trained on more annotations, which wins from `margin` below on. By the normal approximation the
+    distance of the bounds falls with the square root of the images; it is never less than `unseen`.
+    """
+    value, low, high = difference.value, difference.low, difference.high
+    if low > -margin or high < 0:
+        return None
+    z = _z(confidence)
+    ways = [(value + margin, value - low)] if value > -margin else []
+    ways += [(-value, high - value)] if value < 0 else []
+    if not ways:  # exactly at the margin of nothing
+        return None
+    enough = min(
+        max(images * (spread / distance) ** 2 if spread > unseen(images, z) else 0, z * z * (1 / distance - 1))
+        for distance, spread in ways
+    )
+    return max(images + 1, math.ceil(enough))
+
+
+def _z(confidence: float) -> float:
+    return NormalDist().inv_cdf(confidence)
