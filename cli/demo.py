@@ -6,6 +6,7 @@ import io
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from local.stack import Addresses, LaptopStack
 _ANNOTATORS = 2  # at once; Label Studio on SQLite writes one at a time anyway
 _TASKS_A_REQUEST = 40
 _STALLED_SECONDS = 300  # without any progress
+_LOOK_SECONDS = 3  # between looks at the queue, which Label Studio lists whole
 _PICTURES = (3, 4)  # rows and columns of holdout images with their predicted boxes
 
 
@@ -114,6 +116,8 @@ class Demo:
             self._wait_for_tasks(deployment, project.project, len(data))
         annotator = Annotator(deployment, folder, project.project, data)
         for count in self._counts:
+            with self._phase(f"queue {count}"):
+                self._wait_for_queue(deployment, annotator)
             with self._phase(f"annotate {count}"):
                 annotator.annotate_up_to(count, self._console)
             with self._phase(f"train {count}"):
@@ -174,6 +178,23 @@ class Demo:
         with self._progressing("refresh") as progress:
             while deployment.label_studio.model_version(project) != title:
                 progress(title)
+
+    def _wait_for_queue(self, deployment: Deployment, annotator: Annotator) -> None:
+        """Wait until the version that serves has predicted what is not annotated, and annotate in the order that follows.
+
+        Before the first, the order came with the tasks.
+        """
+        champion = deployment.champions.read(self._model)
+        if champion is None:
+            annotator.follow_queue(version_string(self._model, None))
+            return
+        version, left = version_string(self._model, champion.version), len(annotator.left)
+        with Steps(self._console, f"{version} orders the queue", left) as steps, self._progressing("prelabel") as progress:
+            while (ordered := annotator.follow_queue(version)) < left:
+                steps.reach(ordered)
+                progress(ordered)
+                time.sleep(_LOOK_SECONDS)
+            steps.reach(ordered)
 
     def _note(self, deployment: Deployment, promotion: Promotion, served: Served) -> None:
         champion = deployment.champions.read(self._model)
@@ -243,19 +264,47 @@ class Demo:
 
 
 class Annotator:
-    """A person at Label Studio who knows the truth: opens tasks in a fixed random order and submits an annotation each.
+    """A person at Label Studio who knows the truth and submits an annotation a task, in a fixed random order or the queue's.
 
     `data` are the images that became the project's tasks. `tasks` holds image and id of each, in the order of work;
     `annotated` counts those done so far.
     """
 
     def __init__(self, deployment: Deployment, folder: ModelFolder, project: int, data: Sequence[Example]) -> None:
-        self._label_studio, self._label_config = deployment.label_studio, folder.label_config
+        self._label_studio, self._label_config, self._project = deployment.label_studio, folder.label_config, project
         self._problem_type = problem_types.of(folder.config.problem_type)
         self._data = dict(zip(_addresses(deployment, folder, data), data, strict=True))
         self.tasks = sorted((task.image, task.id) for task in self._label_studio.tasks(project, folder.label_config.data_key))
         random.Random(0).shuffle(self.tasks)
         self.annotated = 0
+
+    @property
+    def left(self) -> list[tuple[str, int]]:
+        """The tasks that are not annotated yet, in the order of work."""
+        return self.tasks[self.annotated :]
+
+    def follow_queue(self, version: str) -> int:
+        """Bring what is left into the order in which Label Studio hands it out: by turns among clusters, the lowest score first.
+
+        Returns how many of them `version` has predicted; the others come last.
+        """
+        last = max((task for _, task in self.left), default=0)
+        predicted: list[tuple[int | None, float, int]] = sorted(
+            (
+                (stored.cluster, stored.score or 0.0, listed.task.id)
+                for listed in self._label_studio.unlabelled_tasks(self._project, 0, last)
+                for stored in listed.predictions[-1:]
+                if stored.made_by == version
+            ),
+            key=lambda its: its[1],
+        )
+        turns: Counter[int | None] = Counter()
+        order: dict[int, tuple[int, float]] = {}
+        for cluster, score, task in predicted:
+            order[task] = (turns[cluster], score)
+            turns[cluster] += cluster is not None  # without clusters there are no turns
+        self.tasks[self.annotated :] = sorted(self.left, key=lambda its: order.get(its[1], (len(self.tasks), 0.0)))
+        return len(order)
 
     def annotate_up_to(self, count: int, console: Console) -> None:
         """Go on until `count` tasks are annotated in all."""

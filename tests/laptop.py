@@ -177,6 +177,7 @@ def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config["name"] = name
         config["label_studio"]["title"] = f"labelloop {name}"
         config["retrain"] = {"at": [FIRST, SECOND], "factor": 10.0, "failure_backoff_minutes": 0}
+        config["hyperparameters"]["epochs"] = 15  # each job trains out-of-fold models as well
         config["queue"] = {"strategy": "diverse", "control": 0.1, "clusters": 4}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return root

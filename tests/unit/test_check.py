@@ -282,6 +282,11 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
         HEAD.replace("nn.Flatten(),", "nn.Flatten(), nn.Threshold(2, float('nan')),"),
         "not all finite",
     ),
+    "no layer whose input stands for an image": (
+        "classification",
+        HEAD.replace("nn.Linear(3 * 32 * 32, len(config.classes))", "nn.AdaptiveAvgPool1d(len(config.classes))"),
+        "does not end in a linear layer",
+    ),
     "images of another size": ("classification", HEAD.replace("images: images", "images: images[:, :, ::2]"), "keep their form"),
     "images of another type": ("classification", HEAD.replace("images: images", "images: images.double()"), "keep their form"),
     "a classifier for a detector": ("detection", HEAD, "it has to be torchvision's SSD"),
