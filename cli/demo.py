@@ -39,7 +39,7 @@ from local.stack import Addresses, LaptopStack
 _ANNOTATORS = 2  # at once; Label Studio on SQLite writes one at a time anyway
 _TASKS_A_REQUEST = 40
 _STALLED_SECONDS = 300  # without any progress
-_LOOK_SECONDS = 3  # between looks at the queue, which Label Studio lists whole
+_LOOK_SECONDS = 10  # between looks at the queue, which Label Studio lists whole
 _PICTURES = (3, 4)  # rows and columns of holdout images with their predicted boxes
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +42,7 @@ _RIDGE = 0.05  # keeps the search from wandering where a crop changes nothing
 _BITS = 20  # of 64 in which the thumbnails of similar images may differ: crops of 5 % differ in 18
 _SIMILAR = 0.65  # correlation from which a crop is looked for
 _CANDIDATES = 32  # looked at closely, the nearest first
+_RECENT = 200  # images among which one is familiar or new
 _ENTRY = 500  # images an entry of the log, 300 KB at most; DynamoDB takes 400
 
 
@@ -56,7 +56,7 @@ class Fingerprint(Record, frozen=True, kw_only=True):
 class Membership(Record, frozen=True, kw_only=True):
     """The group of an image, and other groups that it resembles as well.
 
-    `familiar`: how well the images before it stand for it, as its rank among them: from 0, like none of them, to 1.
+    `familiar`: how well the images before it stand for it, as its rank among the last ones: from 0, like none of them, to 1.
     """
 
     group: str
@@ -146,7 +146,7 @@ class _Index:
     looks: list[_Look] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)  # of the looks
     groups: list[str] = field(default_factory=list)  # of the looks
-    nearest: list[float] = field(default_factory=list)  # of all images, in rising order
+    nearest: list[float] = field(default_factory=list)  # of all images
 
     def read(self, sequence: int, assignments: Iterable[Assignment]) -> None:
         for assignment in assignments:
@@ -176,8 +176,8 @@ class _Index:
 
     def membership(self, sha256: str) -> Membership:
         found = self.assigned[sha256]
-        below, upto = bisect_left(self.nearest, found.nearest), bisect_right(self.nearest, found.nearest)
-        familiar = (below + upto) / 2 / len(self.nearest)
+        recent = self.nearest[-_RECENT:]  # among all, whoever comes late would be familiar: there is more that looks like it
+        familiar = sum((nearest < found.nearest) + (nearest <= found.nearest) for nearest in recent) / 2 / len(recent)
         return Membership(group=found.group, resembles=found.resembles, familiar=familiar)
 
     def _add(self, assignment: Assignment, look: _Look) -> None:
@@ -185,7 +185,7 @@ class _Index:
         self.looks.append(look)
         self.bits.append(look.bits)
         self.groups.append(assignment.group)
-        insort(self.nearest, assignment.nearest)
+        self.nearest.append(assignment.nearest)
 
     def _similar(self, look: _Look) -> list[tuple[float, int]]:
         """Correlations and positions of the images that are worth a closer look, the most similar first."""
