@@ -170,9 +170,8 @@ class _Index:
         """Take back what was decided last."""
         for assignment in assignments:
             del self.assigned[assignment.sha256]
-            del self.nearest[bisect_left(self.nearest, assignment.nearest)]
         left = len(self.looks) - len(assignments)
-        del self.looks[left:], self.bits[left:], self.groups[left:]
+        del self.looks[left:], self.bits[left:], self.groups[left:], self.nearest[left:]
 
     def membership(self, sha256: str) -> Membership:
         found = self.assigned[sha256]
