@@ -117,12 +117,16 @@ def write_folder(root: Path, problem_type: ProblemTypeName, **values: object) ->
 
 
 def rectangles(count: int, problem_type: ProblemTypeName, *, seed: int = 0) -> list[Example]:
-    """Coloured rectangles on grey, at most one of a colour; on some images none. Their places are known to detection only."""
+    """Coloured rectangles on clouds of grey, at most one of a colour; on some images none. Detection alone knows their places.
+
+    Without the clouds many would look the same, and count as copies of each other.
+    """
     chance = random.Random(seed)
     made = []
     for number in range(count):
         width, height = chance.choice([(96, 72), (64, 48), (80, 100)])
-        image = Image.new("RGB", (width, height), (chance.randrange(90, 150),) * 3)
+        background = Image.frombytes("L", (4, 4), bytes(chance.randrange(90, 150) for _ in range(16)))
+        image = background.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
         truth = []
         for label in chance.sample(sorted(COLOURS), chance.choice([0, 1, 1, 2, 2, 3])):
             w, h = round(width * chance.uniform(0.2, 0.4)), round(height * chance.uniform(0.2, 0.4))
