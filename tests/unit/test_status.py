@@ -153,7 +153,8 @@ def test_the_holdout_says_what_it_tells_apart_and_a_small_one_warns(stage: Stage
 def test_labels_saved_are_those_of_the_last_version_that_measured_them(busy: Stage) -> None:
     status = busy.status()
     assert status.queue.labels_saved is not None
-    assert any("uncertainty, 10% at random; labels saved against random: 42% (13% to 61%), by 96" in line for line in said(status))
+    saved = "uncertainty, 10% at random; labels saved against random: 42% (13% to 61%), by 96"
+    assert any(saved in line for line in said(status))
 
 
 def test_takeovers_come_latest_first(busy: Stage) -> None:
