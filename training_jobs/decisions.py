@@ -28,7 +28,7 @@ class Decisions(NamedTuple):
 
 def of_classes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
     """One an image, about its class. The likeliest one is shown."""
-    probabilities = _probabilities(candidates, classes)
+    probabilities = probabilities_of(candidates, classes)
     answers = np.array([classes.index(row.regions[0].label) for row in rows], dtype=np.int64)
     return Decisions(probabilities, answers, probabilities.max(axis=1), probabilities.argmax(axis=1) == answers)
 
@@ -36,7 +36,7 @@ def of_classes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region
 def of_sets(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
     """One a class and image, about whether the image has it."""
     has = np.array([[any(region.label == name for region in row.regions) for name in classes] for row in rows], dtype=bool)
-    return _of_two(_probabilities(candidates, classes).ravel(), has.ravel())
+    return _of_two(probabilities_of(candidates, classes).ravel(), has.ravel())
 
 
 def of_boxes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
@@ -54,7 +54,7 @@ def _of_two(probability: Floats, true: NDArray[np.bool_]) -> Decisions:
     return Decisions(np.column_stack([1 - probability, probability]), true.astype(np.int64), probability, true)
 
 
-def _probabilities(candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Floats:
-    """`[images, classes]`"""
+def probabilities_of(candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Floats:
+    """`[images, classes]`, of all candidates of each image."""
     scores = [{region.label: region.score or 0.0 for region in found} for found in candidates]
     return np.array([[its[name] for name in classes] for its in scores], dtype=np.float64).reshape(-1, len(classes))

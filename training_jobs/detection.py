@@ -73,9 +73,8 @@ class Detection:
         confidence: float,
     ) -> Difference:
         """Of mAP@0.5, and of each class's average precision; boxes of other classes have no influence on it."""
-        shown = [len(truths), *(sum(any(region.label == name for region in truth) for truth in truths) for name in classes)]
         ours, theirs = AveragePrecision(truths, challenger, classes), AveragePrecision(truths, champion, classes)
-        return paired.bootstrapped(ours, theirs, shown, classes, confidence)
+        return paired.bootstrapped(ours, theirs, truths, classes, confidence)
 
     def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
         return label_quality.of_boxes(rows, candidates, card)

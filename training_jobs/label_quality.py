@@ -14,6 +14,7 @@ import numpy as np
 
 from labelloop import problem_types
 from labelloop.records import ManifestRow, ModelCard, Region
+from training_jobs.decisions import probabilities_of
 
 type Floats = np.ndarray[Any, np.dtype[np.float64]]
 type Integers = np.ndarray[Any, np.dtype[np.int64]]
@@ -32,14 +33,14 @@ class LabelQuality(NamedTuple):
 def of_classes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
     """One class an image: the probability of the annotated one (self-confidence)."""
     given = np.array([card.classes.index(row.regions[0].label) for row in rows])
-    probabilities = _probabilities(candidates, card.classes)
+    probabilities = probabilities_of(candidates, card.classes)
     return LabelQuality(probabilities[np.arange(len(given)), given], _wrong(given, probabilities))
 
 
 def of_sets(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
     """Any number of classes an image: the probability of the least likely annotated decision; wrong where one of them is."""
     given = np.array([[any(region.label == name for region in row.regions) for name in card.classes] for row in rows])
-    yes = _probabilities(candidates, card.classes)
+    yes = probabilities_of(candidates, card.classes)
     decisions = [_wrong(has.astype(int), np.column_stack([1 - its, its])) for has, its in zip(given.T, yes.T, strict=True)]
     return LabelQuality(np.where(given, yes, 1 - yes).min(axis=1), np.any(decisions, axis=0))
 
@@ -95,12 +96,6 @@ def _wrong(given: Integers, probabilities: Floats) -> Flags:
         warnings.simplefilter("ignore")  # few images of a class: that is how annotating starts
         wrong: Flags = find_label_issues(given, probabilities, filter_by="low_self_confidence", n_jobs=1)
     return wrong
-
-
-def _probabilities(candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Floats:
-    """`[images, classes]`"""
-    scores = [{region.label: region.score for region in found} for found in candidates]
-    return np.array([[its[name] for name in classes] for its in scores], dtype=np.float64)
 
 
 def _labels(regions: Sequence[Region], card: ModelCard) -> dict[str, Any]:

@@ -70,9 +70,8 @@ class Multilabel:
         confidence: float,
     ) -> Difference:
         """Of F1 over all decisions, and of each class's."""
-        shown = [len(truths), *(sum(any(region.label == name for region in truth) for truth in truths) for name in classes)]
         ours, theirs = F1(truths, challenger, classes), F1(truths, champion, classes)
-        return paired.bootstrapped(ours, theirs, shown, classes, confidence)
+        return paired.bootstrapped(ours, theirs, truths, classes, confidence)
 
     def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
         return label_quality.of_sets(rows, candidates, card)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import binomtest, bootstrap, norm, t
 
-from labelloop.records import Interval
+from labelloop.records import Interval, Region
 
 type Floats = NDArray[np.float64]
 type Figures = Callable[[Floats], Floats]
@@ -97,15 +97,16 @@ def mcnemar(won: int, lost: int) -> float:
 
 
 def bootstrapped(
-    challenger: Figures, champion: Figures, shown: Sequence[int], classes: Sequence[str], confidence: float
+    challenger: Figures, champion: Figures, truths: Sequence[Sequence[Region]], classes: Sequence[str], confidence: float
 ) -> Difference:
     """Of any figures: a bootstrap over images, the two models on the same resample. The seed is fixed.
 
-    `shown`: images in all, then those that show each class. A resample without a class says nothing of it: a difference of
+    `truths`: what annotators said of each image. A resample without a class says nothing of it: a difference of
     0. A bootstrap cannot see what none of the images shows, so its bounds are moved away from the estimate at least as far
     as Tango's are where no image differs.
     """
-    images = shown[0]
+    images = len(truths)
+    shown = [images, *(sum(any(region.label == name for region in truth) for truth in truths) for name in classes)]
 
     def difference(numbers: NDArray[np.int64], axis: int) -> Floats:  # noqa: ARG001 - the last one; scipy names it
         drawn = [np.bincount(some, minlength=images) for some in numbers.reshape(-1, numbers.shape[-1])]
