@@ -5,10 +5,12 @@ UV_VERSION := 0.11.33
 # An answer counts, not a file: a shim may be there for another Python only.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.uv/bin/uv)
 RUN := $(UV) run
+# Two processes: what shares a stack of servers stays in one of them, in order (tests/conftest.py says what does).
+PYTEST := $(RUN) pytest -n 2 --dist loadgroup --no-loadscope-reorder
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format browser
+.PHONY: help demo test test-slow lint format audit browser
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -17,10 +19,10 @@ demo: $(UV) ## turn the whole loop here: make demo ARGS="--exit --report r.json"
 	$(RUN) labelloop demo $(ARGS)
 
 test: $(UV) browser ## run the tests that take minutes
-	$(RUN) pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(UV) browser ## run the tests that take longer
-	$(RUN) pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(UV) ## check style and types
 	$(RUN) ruff check
@@ -30,6 +32,9 @@ lint: $(UV) ## check style and types
 format: $(UV) ## put the code into its form
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
+
+audit: $(UV) ## look up known vulnerabilities of all packages
+	@PATH="$(dir $(UV)):$$PATH" $(RUN) --with pip-audit==2.10.0 python .ci/audit.py
 
 # The browser tests drive Chromium: the system's, or playwright's own.
 browser: $(UV)

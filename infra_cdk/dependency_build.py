@@ -116,6 +116,7 @@ class DependencyBuild:
 
     def _build(self, target: Path) -> None:
         command = [find_uv(), "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--link-mode", "copy"]
+        command += ["--no-compile-bytecode"]  # _compile does, for /opt/python; uv's own would lie beside it unused
         command += ["--python", sys.executable, "--python-version", PYTHON, "--target", str(target)]
         command += ["--python-platform", self.platform] if self.platform else []
         command += ["--requirement", str(self.requirements)]

@@ -28,6 +28,16 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "LABELLOOP
 os.environ.update(aws_environment(f"http://{LOOPBACK}:9"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one process runs, where tests are shared out to several: what uses one stack, one folder, or one file of the rest."""
+    for item in items:
+        folder, _, file = item.path.relative_to(item.config.rootpath / "tests").as_posix().partition("/")
+        own_process = "laptop" if "running_loop" in getattr(item, "fixturenames", ()) else folder
+        if folder in ("unit", "browser") and own_process != "laptop":
+            own_process = file
+        item.add_marker(pytest.mark.xdist_group(own_process))
+
+
 @pytest.fixture(scope="session")
 def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an AWS emulator of our own; the environment makes every client use it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import boto3
 import pytest
 import urllib3
 import yaml
@@ -152,6 +153,20 @@ def wait_for[T](look: Callable[[], T | None], seconds: float, what: str) -> T:
             return found
         time.sleep(0.3)
     pytest.fail(f"{what}: not within {seconds} s")
+
+
+def wait_until_idle(loop: Loop, queue: str) -> None:
+    """Wait until a queue has neither waiting nor taken messages."""
+    for _ in range(3):  # an event needs a moment from its bus to its queue
+        wait_for(lambda: messages(loop, queue) == 0, 120, f"{queue} is empty")
+        time.sleep(0.5)
+
+
+def messages(loop: Loop, queue: str) -> int:
+    """Messages that wait in a queue or are being worked on."""
+    url = loop.deployment.outputs[queue]
+    attributes = boto3.client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+    return int(attributes["ApproximateNumberOfMessages"]) + int(attributes["ApproximateNumberOfMessagesNotVisible"])
 
 
 def connect(home: Path, patch: pytest.MonkeyPatch) -> Deployment:

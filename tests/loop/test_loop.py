@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
@@ -18,7 +17,7 @@ from cli.status import read_status
 from labelloop import artifacts, problem_types
 from labelloop.dataset import split_of
 from labelloop.records import ManifestRow, Promotion, Region
-from tests.laptop import FIRST, Loop, wait_for
+from tests.laptop import FIRST, Loop, messages, wait_for, wait_until_idle
 
 
 def test_every_image_became_one_task(loop: Loop) -> None:
@@ -43,20 +42,20 @@ def test_a_second_delivery_of_an_event_makes_no_second_task(loop: Loop) -> None:
     loop.deployment.images.put(loop.folder.config.images_prefix + digit.name, digit.image)
     loop.deployment.images.put(loop.folder.config.images_prefix + "a copy of it.png", digit.image)
     loop.deployment.images.put(loop.folder.config.images_prefix + "broken.png", digit.image[:40])
-    _wait_until_idle(loop, "IngestQueue")
+    wait_until_idle(loop, "IngestQueue")
     assert loop.deployment.label_studio.counts(loop.project)["tasks"] == before
 
 
 def test_the_front_door_lets_nobody_in_without_the_models_own_credentials(loop: Loop) -> None:
     own, other = loop.backend, loop.deployment.backend("numerals")
     wrong = urllib3.make_headers(basic_auth=f"{own.user}:wrong")["authorization"]
-    _wait_until_idle(loop, "RetrainQueue")
+    wait_until_idle(loop, "RetrainQueue")
     for route, body in (("webhook", {"action": "START_TRAINING"}), ("predict", {"tasks": []}), ("setup", {})):
         for authorization, status in ((None, 401), (wrong, 403), (other.authorization, 403)):
             headers = {"Authorization": authorization} if authorization else {}
             answer = loop.http.request("POST", f"{own.url}/{route}", json=body, headers=headers)
             assert answer.status == status, (route, authorization, answer.data)
-    assert _messages(loop, "RetrainQueue") == 0
+    assert messages(loop, "RetrainQueue") == 0
     assert loop.http.request("POST", f"{other.url}/setup", json={}, headers={"Authorization": other.authorization}).status == 200
 
 
@@ -115,20 +114,20 @@ def test_label_studio_stores_predictions_of_the_version_once(loop: Loop, first_v
 def test_fifty_webhooks_at_once_start_one_job(loop: Loop, first_version: Promotion) -> None:
     before = loop.job_names()
     annotated = loop.annotate_more(5)
-    _wait_until_idle(loop, "RetrainQueue")
+    wait_until_idle(loop, "RetrainQueue")
     assert loop.job_names() == before  # not due by itself
     with ThreadPoolExecutor(50) as pool:
         statuses = list(pool.map(lambda _: loop.webhook("START_TRAINING"), range(50)))
     assert statuses == [201] * 50
     loop.verdict_about(annotated)
-    _wait_until_idle(loop, "RetrainQueue")
+    wait_until_idle(loop, "RetrainQueue")
     assert len(loop.job_names()) == len(before) + 1
 
 
 def test_start_training_without_anything_new_starts_nothing(loop: Loop, first_version: Promotion) -> None:
     before = loop.job_names()
     assert loop.webhook("START_TRAINING") == 201
-    _wait_until_idle(loop, "RetrainQueue")
+    wait_until_idle(loop, "RetrainQueue")
     assert loop.job_names() == before
 
 
@@ -237,7 +236,7 @@ def test_an_unknown_class_is_left_out_and_counted(loop: Loop, first_version: Pro
     loop.webhook("START_TRAINING")
     reason = "the class 'eleven' is not in config.yaml"
     wait_for(lambda: read_status(loop.deployment, loop.folder).left_out.get(reason) == 1, 120, "the status names the class")
-    _wait_until_idle(loop, "RetrainQueue")
+    wait_until_idle(loop, "RetrainQueue")
     head = loop.deployment.ledger.head(loop.model)
     newest = head.running.snapshot if head.running else loop.deployment.ledger.trainings(loop.model)[-1].job.snapshot
     if head.running:
@@ -266,17 +265,3 @@ def _open_task(loop: Loop, task: int) -> dict[str, list[dict[str, object]]]:
 def _wait_for_title(loop: Loop, title: str) -> None:
     label_studio = loop.deployment.label_studio
     wait_for(lambda: label_studio.model_version(loop.project) == title, 60, f"the title {title}")
-
-
-def _wait_until_idle(loop: Loop, queue: str) -> None:
-    """Wait until a queue has neither waiting nor taken messages."""
-    for _ in range(3):  # an event needs a moment from its bus to its queue
-        wait_for(lambda: _messages(loop, queue) == 0, 120, f"{queue} is empty")
-        time.sleep(0.5)
-
-
-def _messages(loop: Loop, queue: str) -> int:
-    """Messages that wait in a queue or are being worked on."""
-    url = loop.deployment.outputs[queue]
-    attributes = boto3.client("sqs").get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
-    return int(attributes["ApproximateNumberOfMessages"]) + int(attributes["ApproximateNumberOfMessagesNotVisible"])
