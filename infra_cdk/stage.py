@@ -27,6 +27,7 @@ class Stage:
     """What `-c` says about a deployment. Raises `ConfigError` when values or model configs are wrong.
 
     `mlflow_url`: absent on AWS where the state stack makes a serverless MLflow App. `sagemaker_endpoint`: only on a laptop.
+    `reserves_concurrency`: whether what the API runs is bounded; an account that may run only 10 functions at once cannot.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     label_studio_url: str | None = None
     mlflow_url: str | None = None
     sagemaker_endpoint: str | None = None
+    reserves_concurrency: bool = True
 
     def __post_init__(self) -> None:
         # No hyphen: job names start with `labelloop-{stage}-`, and no stage may see another's.
@@ -64,7 +66,7 @@ class Stage:
 
         def value(key: str) -> str | None:
             found: Any = node.try_get_context(key)
-            return str(found) if found else None
+            return None if found in (None, "") else str(found)
 
         return cls(
             name=value("stage") or "dev",
@@ -72,6 +74,7 @@ class Stage:
             label_studio_url=_without_slash(value("label_studio_url")),
             mlflow_url=_without_slash(value("mlflow_url")),
             sagemaker_endpoint=_without_slash(value("sagemaker_endpoint")),
+            reserves_concurrency=_yes_or_no(value("reserved_concurrency") or "yes"),
         )
 
     @cached_property
@@ -132,3 +135,9 @@ class Stage:
 
 def _without_slash(url: str | None) -> str | None:
     return url.rstrip("/") if url else None
+
+
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("yes", "no", "true", "false"):
+        raise ConfigError(_CONTEXT, f"{text!r} is neither yes nor no", "reserved_concurrency")
+    return text.lower() in ("yes", "true")

@@ -9,9 +9,6 @@ from aws_cdk import aws_s3 as s3
 
 from infra_cdk.nag import acknowledge_wildcard
 
-_LEDGER_READ = ["dynamodb:GetItem", "dynamodb:Query"]
-_LEDGER_WRITE = ["dynamodb:PutItem", "dynamodb:UpdateItem", "dynamodb:BatchWriteItem"]
-
 
 def allow(role: iam.Role, *actions: str, on: str, wildcard: str | None = None) -> None:
     """Let `role` do `actions` on the ARN `on`; `wildcard` is the reason for one that holds a wildcard."""
@@ -35,9 +32,9 @@ def allow_writing_objects(role: iam.Role, bucket: s3.IBucket, *prefixes: str) ->
     _allow_objects(role, bucket, prefixes, "s3:PutObject", "s3:AbortMultipartUpload")
 
 
-def allow_writing_ledger(role: iam.Role, ledger: dynamodb.ITable) -> None:
-    """Read as well: every write is conditional on what was read."""
-    allow(role, *_LEDGER_READ, *_LEDGER_WRITE, on=ledger.table_arn)
+def allow_ledger(role: iam.Role, ledger: dynamodb.ITable, *operations: str) -> None:
+    """Do DynamoDB's `operations`, such as `GetItem`, on the ledger. A transaction asks for those that it consists of."""
+    allow(role, *(f"dynamodb:{operation}" for operation in operations), on=ledger.table_arn)
 
 
 def _allow_objects(role: iam.Role, bucket: s3.IBucket, prefixes: tuple[str, ...], *actions: str) -> None:

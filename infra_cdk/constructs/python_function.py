@@ -17,7 +17,10 @@ from infra_cdk.stage import Stage
 
 
 class PythonFunction(lambda_.Function):
-    """`functions/{name}/handler.py`, entry `handler`. `execution_role` may write the log and traces, and what it is granted."""
+    """`functions/{name}/handler.py`, entry `handler`. `execution_role` may write the log and traces, and what it is granted.
+
+    `concurrency`: how many run at once at most, set aside for it; a queue's worker is bounded by its event source instead.
+    """
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class PythonFunction(lambda_.Function):
         layers: Sequence[lambda_.ILayerVersion],
         memory_mb: int,
         timeout: cdk.Duration,
+        concurrency: int | None = None,
     ) -> None:
         log_group = logs.LogGroup(
             scope, f"{id}Log", retention=logs.RetentionDays.ONE_MONTH, removal_policy=cdk.RemovalPolicy.DESTROY
@@ -57,6 +61,7 @@ class PythonFunction(lambda_.Function):
             role=role,
             log_group=log_group,
             tracing=lambda_.Tracing.ACTIVE,
+            reserved_concurrent_executions=concurrency,
         )
         self.execution_role = role
         acknowledge(self, L1="Python 3.13 is what every layer and test is built for; the next version comes with its own change")

@@ -63,7 +63,7 @@ class TrainingJobs(Construct):
         self.image = "local" if stage.is_local else self._container_image()
 
     def allow_running(self, role: iam.Role) -> None:
-        """Start, watch and stop the stage's jobs, and hand them their role."""
+        """Start and watch the stage's jobs, and hand them their role."""
         jobs = cdk.Stack.of(self).format_arn(
             service="sagemaker", resource="training-job", resource_name=f"{self._stage.job_prefix}*"
         )
@@ -71,7 +71,6 @@ class TrainingJobs(Construct):
             role,
             "sagemaker:CreateTrainingJob",
             "sagemaker:DescribeTrainingJob",
-            "sagemaker:StopTrainingJob",
             "sagemaker:AddTags",
             on=jobs,
             wildcard="the jobs of this stage",

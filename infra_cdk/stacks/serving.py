@@ -17,6 +17,8 @@ from infra_cdk.stacks.training import TrainingStack
 from infra_cdk.stage import Stage
 
 _FULL_CPU_MB = 1769  # memory at which Lambda gives one whole vCPU
+# What anybody can cause by calling the API, at most. Lambda asks an account to keep 100 of its (usually 1,000) for the rest.
+_AUTHORIZE_AT_ONCE, _PREDICT_AT_ONCE = 20, 100
 
 
 class ServingStack(cdk.Stack):
@@ -35,6 +37,7 @@ class ServingStack(cdk.Stack):
             layers=[layers.core, layers.library],
             memory_mb=_FULL_CPU_MB,  # its cold start is part of Label Studio's one second for health; it runs once an hour
             timeout=cdk.Duration.seconds(10),
+            concurrency=_AUTHORIZE_AT_ONCE if stage.reserves_concurrency else None,
         )
         allow_reading_backend_secrets(authorize.execution_role, stage=stage)
 
@@ -53,6 +56,7 @@ class ServingStack(cdk.Stack):
             layers=[layers.core, layers.inference, layers.library, layers.model_configs],
             memory_mb=max(config.serving.memory_mb for config in stage.configs),
             timeout=cdk.Duration.seconds(29),  # as long as API Gateway waits
+            concurrency=_PREDICT_AT_ONCE if stage.reserves_concurrency else None,
         )
         allow_reading_objects(predict.execution_role, state.images, "images/")
         allow_reading_objects(predict.execution_role, state.artifacts, "champions/", "models/")

@@ -13,8 +13,8 @@ from constructs import Construct
 
 from infra_cdk.constructs.grants import (
     allow,
+    allow_ledger,
     allow_reading_objects,
-    allow_writing_ledger,
     allow_writing_objects,
 )
 from infra_cdk.constructs.layers import Layers
@@ -83,7 +83,7 @@ class TrainingStack(cdk.Stack):
         )
         allow_reading_objects(role, self._state.images, "images/")
         allow_reading_objects(role, self._state.artifacts, "champions/")
-        allow_writing_ledger(role, self._state.ledger)
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem", "UpdateItem", "BatchWriteItem")
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow(role, "sqs:SendMessage", on=prelabel.queue.queue_arn)
 
@@ -106,9 +106,9 @@ class TrainingStack(cdk.Stack):
                 **self._stage.sagemaker_environment,
             },
         )
-        allow_reading_objects(role, self._state.artifacts, "snapshots/", "champions/")
+        allow_reading_objects(role, self._state.artifacts, "champions/")
         allow_writing_objects(role, self._state.artifacts, "snapshots/")
-        allow_writing_ledger(role, self._state.ledger)
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")
         allow_reading_label_studio_secret(role, stage=self._stage)
         self._jobs.allow_running(role)
         allow(role, "sqs:SendMessage", on=promote.queue.queue_arn)
@@ -126,9 +126,9 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_EVENT_BUS": self._state.event_bus.event_bus_name,
             },
         )
-        allow_reading_objects(role, self._state.artifacts, "training/", "models/", "champions/")
+        allow_reading_objects(role, self._state.artifacts, "training/", "champions/")
         allow_writing_objects(role, self._state.artifacts, "models/", "champions/")
-        allow_writing_ledger(role, self._state.ledger)
+        allow_ledger(role, self._state.ledger, "GetItem", "PutItem")
         allow(role, "events:PutEvents", on=self._state.event_bus.event_bus_arn)
         if self._state.mlflow_app:
             allow_calling_mlflow(role, self._state.mlflow_app)
@@ -148,7 +148,7 @@ class TrainingStack(cdk.Stack):
             },
         )
         allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
-        allow_writing_ledger(role, self._state.ledger)  # cases for review
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # cases for review
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow_reading_backend_secrets(role, stage=self._stage)  # a change of the backend signs in again
         allow(role, "sqs:SendMessage", on=prelabel.queue.queue_arn)
@@ -171,7 +171,7 @@ class TrainingStack(cdk.Stack):
         )
         allow_reading_objects(role, self._state.images, "images/")
         allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
-        allow_writing_ledger(role, self._state.ledger)  # audits
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # audits
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow(role, "sqs:SendMessage", on=worker.queue.queue_arn)  # to look again at what somebody may have open
 

@@ -29,7 +29,7 @@ FUNCTIONS = {
         "s3:GetObject Artifacts champions/*",
         "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
-        "dynamodb rw",
+        "dynamodb BatchWriteItem GetItem PutItem Query UpdateItem",
         "sqs:SendMessage",
     },
     "predict": {
@@ -41,27 +41,24 @@ FUNCTIONS = {
         "secretsmanager:GetSecretValue label-studio-??????",
     },
     "retrain": {
-        "s3:GetObject Artifacts snapshots/*",
         "s3:GetObject Artifacts champions/*",
         "s3:ListBucket Artifacts",
         "s3:PutObject Artifacts snapshots/*",
         "secretsmanager:GetSecretValue label-studio-??????",
-        "dynamodb rw",
+        "dynamodb GetItem PutItem Query",
         "sagemaker:CreateTrainingJob",
         "sagemaker:DescribeTrainingJob",
-        "sagemaker:StopTrainingJob",
         "sagemaker:AddTags",
         "iam:PassRole",
         "sqs:SendMessage",
     },
     "promote": {
         "s3:GetObject Artifacts training/*",
-        "s3:GetObject Artifacts models/*",
         "s3:GetObject Artifacts champions/*",
         "s3:ListBucket Artifacts",
         "s3:PutObject Artifacts models/*",
         "s3:PutObject Artifacts champions/*",
-        "dynamodb rw",
+        "dynamodb GetItem PutItem",
         "events:PutEvents",
         "sagemaker:CallMlflowAppApi",
     },
@@ -71,7 +68,7 @@ FUNCTIONS = {
         "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
         "secretsmanager:GetSecretValue backend/*",
-        "dynamodb rw",
+        "dynamodb GetItem PutItem Query",
         "sqs:SendMessage",
     },
     "prelabel": {
@@ -81,7 +78,7 @@ FUNCTIONS = {
         "s3:GetObject Artifacts models/*",
         "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
-        "dynamodb rw",
+        "dynamodb GetItem PutItem Query",
         "sqs:SendMessage",
     },
 }
@@ -109,7 +106,7 @@ def grants(template: Template, role: str) -> set[str]:
                 elif service == "secretsmanager":
                     found.add(f"{action} {resource.partition('/')[2].partition('/')[2]}")
                 elif service == "dynamodb":
-                    found.add("dynamodb rw" if "dynamodb:PutItem" in actions else "dynamodb r")
+                    found.add(" ".join(["dynamodb", *(each.removeprefix("dynamodb:") for each in sorted(actions))]))
                 elif not OF_EVERY_FUNCTION.match(action):
                     found.add(action)
     return found

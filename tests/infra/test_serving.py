@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 
-from tests.infra.templates import Template, Templates, flat
+from tests.infra.templates import PROD_CONTEXT, Template, Templates, flat, synthesize
 
 ROUTES = {
     ("GET", "health"): "MOCK",
@@ -126,3 +127,10 @@ def test_predict_is_as_large_as_the_largest_model_asks(prod: Templates) -> None:
     assert predict["Timeout"] == 29
     assert len(predict["Layers"]) == 4
     assert len(prod.serving.functions["authorize"]["Properties"]["Layers"]) == 2
+
+
+def test_what_the_api_runs_is_bounded(prod: Templates, tmp_path: Path) -> None:
+    bounds = {name: f["Properties"]["ReservedConcurrentExecutions"] for name, f in prod.serving.functions.items()}
+    assert bounds == {"authorize": 20, "predict": 100}
+    unbounded = synthesize({**PROD_CONTEXT, "reserved_concurrency": "no"}, tmp_path).serving
+    assert not [f for f in unbounded.functions.values() if "ReservedConcurrentExecutions" in f["Properties"]]

@@ -19,6 +19,7 @@ from labelloop.errors import ConfigError
 from tests.infra.templates import LOCAL_CONTEXT, PROD_CONTEXT, Templates, flat, new_app, synthesize
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 EVERY_FUNCTION = {"LABELLOOP_STAGE", "POWERTOOLS_SERVICE_NAME", "POWERTOOLS_LOG_LEVEL"}
 THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
 
@@ -128,6 +129,7 @@ def test_an_unchanged_tree_gives_unchanged_templates(prod: Templates, tmp_path: 
         ({**LOCAL_CONTEXT, "sagemaker_endpoint": ""}, "sagemaker_endpoint"),
         ({**PROD_CONTEXT, "sagemaker_endpoint": "http://127.0.0.1:1"}, "sagemaker_endpoint"),
         ({**PROD_CONTEXT, "label_studio_url": "label.example.org"}, "label_studio_url"),
+        ({**PROD_CONTEXT, "reserved_concurrency": "10"}, "reserved_concurrency"),
     ],
 )
 def test_a_wrong_context_value_is_named(context: dict[str, str], key: str, tmp_path: Path) -> None:
@@ -166,6 +168,17 @@ def test_production_is_checked_by_cdk_nag(tmp_path: Path) -> None:
     sqs.Queue(cdk.Stack(app, "open"), "Queue")
     with pytest.raises(RuntimeError, match="AwsSolutions-SQS4"):
         app.synth()
+
+
+def test_each_rule_that_is_not_followed_stands_in_the_documentation_with_its_reason(prod: Templates) -> None:
+    done = set()
+    for file in prod.state.folder.glob("*.metadata.json"):
+        for entries in json.loads(file.read_text()).values():
+            for entry in entries:
+                if entry["type"] == "aws:cdk:acknowledged-rules":
+                    done |= {(rule.removeprefix("Annotation::").partition("[")[0], why) for rule, why in entry["data"].items()}
+    documented = re.findall(r"^\| (AwsSolutions-\w+) \| (.+) \|$", SECURITY, re.MULTILINE)
+    assert sorted(done) == sorted(documented)
 
 
 def test_templates_have_no_lint(prod: Templates, tmp_path: Path) -> None:
