@@ -203,8 +203,11 @@ class Works:
         task = next(task for task in self._loop.listed() if not task.labelled and len(task.predictions) == 1)
         (prediction,) = task.predictions
         fields = ("task", "project", "result", "score", "model_version", "cluster")
-        self._loop.api("POST", "/api/predictions/", {name: prediction[name] for name in fields})
-        answer = function.invoke(_message({"model": self._model, "after": task.id - 1, "upto": task.id}))
+        added = self._loop.api("POST", "/api/predictions/", {name: prediction[name] for name in fields})
+        try:
+            answer = function.invoke(_message({"model": self._model, "after": task.id - 1, "upto": task.id}))
+        finally:
+            self._deployment.label_studio.delete_prediction(added["id"])
         return bool(answer == {"batchItemFailures": []})
 
     def _suspect(self) -> Suspect:
