@@ -21,7 +21,7 @@ from botocore.exceptions import ReadTimeoutError
 from greenlet import getcurrent, greenlet
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from cli import takeover
 from cli.deployment import Deployment
@@ -56,6 +56,7 @@ SETTINGS = Settings(
         "LABELLOOP_TRAINING_CODE": "s3://artifacts/code/abc.zip",
     }
 )
+MANY = 20  # annotations, enough for six trainings
 LONG = timedelta(hours=25)  # longer than any waiting time of the policy
 TIMED_OUT = ReadTimeoutError(endpoint_url="https://aws")
 
@@ -237,6 +238,8 @@ class Outbox:
 
 
 COPIES = st.integers(0, 2)  # of a message: lost, sent, sent twice
+ACCURACIES = st.sampled_from([0.5, 0.7, 0.9])
+SPREADS = st.sampled_from([0.01, 0.3])  # of the difference of two
 PICKS = st.integers(0, 5)
 CALLS = st.one_of(st.just(99), st.integers(0, 12))  # that an invocation does before it is left waiting
 FAULTS = st.one_of(
@@ -286,8 +289,32 @@ class RetrainingMachine(RuleBasedStateMachine):
         self.accuracies: dict[int, float] = {}  # by version
         self.violated = False
 
+    @initialize(turns=st.integers(0, 3))
+    def begin(self, turns: int) -> None:
+        for _ in range(turns):
+            self.turn(0.9, 0.01)
+
+    @precondition(lambda self: len(self.label_studio.annotated) < MANY)
+    @rule()
+    def grow(self) -> None:
+        """For once all goes well, whoever else may be left waiting: many new annotations after a long time, and a look."""
+        self.annotate(len(self.label_studio.annotated) // 2 + 2, webhooks=0)
+        Clock.moment += LONG
+        self._begin(self._reconcile([], None, []), 99)
+
+    @precondition(lambda self: len(self.label_studio.annotated) < MANY)
+    @rule(accuracy=ACCURACIES, spread=SPREADS)
+    def turn(self, accuracy: float, spread: float) -> None:
+        """The same, and the job is decided about and noted."""
+        self.grow()
+        for name in self.sagemaker.running:
+            self._complete(name, "sound", accuracy, spread)
+            self._begin(self._decide(Message(name), None, []), 99)
+        self._begin(self._reconcile([], None, []), 99)
+
     # Annotators
 
+    @precondition(lambda self: len(self.label_studio.annotated) < MANY)
     @rule(images=st.integers(1, 3), webhooks=COPIES)
     def annotate(self, images: int, webhooks: int) -> None:
         for _ in range(images):
@@ -318,10 +345,6 @@ class RetrainingMachine(RuleBasedStateMachine):
 
     # Queues and functions
 
-    @rule()
-    def schedule(self) -> None:
-        self._send("SCHEDULE", 1)
-
     def _send(self, says: str, copies: int) -> None:
         self.outbox.retrain += [Message(says) for _ in range(copies)]
 
@@ -330,12 +353,14 @@ class RetrainingMachine(RuleBasedStateMachine):
     def lose(self, pick: int) -> None:
         self.outbox.retrain.pop(pick % len(self.outbox.retrain))
 
-    @precondition(lambda self: self.outbox.retrain and len(self.going_on) < 3)
-    @rule(picks=st.lists(PICKS, min_size=1, max_size=3), again=st.booleans(), fault=FAULTS, calls=CALLS)
+    @precondition(lambda self: len(self.going_on) < 3)
+    @rule(picks=st.lists(PICKS, max_size=3), again=st.booleans(), fault=FAULTS, calls=CALLS)
     def reconcile(self, picks: list[int], again: bool, fault: Fault | None, calls: int) -> None:
-        """Deliver some messages, which may be delivered `again` although all goes well."""
+        """Deliver some messages, which may be delivered `again` although all goes well; without any the schedule looks."""
+        if not self.outbox.retrain or not picks:
+            self._send("SCHEDULE", 1)
         queue = self.outbox.retrain
-        messages = list({id(message): message for message in (queue[pick % len(queue)] for pick in picks)}.values())
+        messages = list(dict.fromkeys(queue[pick % len(queue)] for pick in picks)) or queue[-1:]
         for message in [] if again else messages:
             queue.remove(message)
         self._begin(self._reconcile(messages, fault, [] if again else messages), calls)
@@ -400,8 +425,8 @@ class RetrainingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sagemaker.running)
     @rule(
         archive=st.sampled_from(["sound", "sound", "damaged", "another model file", "another job's", "missing"]),
-        accuracy=st.sampled_from([0.5, 0.7, 0.9]),
-        spread=st.sampled_from([0.01, 0.3]),
+        accuracy=ACCURACIES,
+        spread=SPREADS,
         reports=st.tuples(COPIES, COPIES),
     )
     def complete(self, archive: Archive, accuracy: float, spread: float, reports: tuple[int, int]) -> None:
@@ -449,7 +474,12 @@ class RetrainingMachine(RuleBasedStateMachine):
             job_name="another" if archive == "another job's" else name,
             onnx_file=onnx,
         )
-        report = msgspec.structs.replace(report, dataset_digest=given["digest"], n_annotations=int(given["n_annotations"]))
+        report = msgspec.structs.replace(
+            report,
+            dataset_digest=given["digest"],
+            n_annotations=int(given["n_annotations"]),
+            champion_annotations=int(given["champion_annotations"]) if champion else None,
+        )
         packed = examples.model_archive(report, b"another" if archive == "another model file" else onnx)
         self.bucket.put(artifacts.training_archive_key(MODEL, name), packed[:-40] if archive == "damaged" else packed)
 
