@@ -14,6 +14,7 @@ from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, NamedTuple
+from unittest.mock import ANY
 
 import msgspec
 import pytest
@@ -25,19 +26,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cli import takeover
 from cli.deployment import Deployment
-from labelloop import artifacts, dataset, promotion
+from labelloop import artifacts, dataset, launcher, promotion, retrain
 from labelloop.artifacts import Champions
 from labelloop.errors import LabelloopError, LabelStudioError, RegistryError, ServiceError, StorageError
-from labelloop.launcher import Launcher, job_name
+from labelloop.launcher import Launcher, job_name, training_request
 from labelloop.ledger import Ledger
-from labelloop.model_config import Retrain
+from labelloop.model_config import ModelConfig, Retrain
 from labelloop.policy import decide
 from labelloop.promotion import Promoter, judge
 from labelloop.records import Champion, Evaluation, Head, Job, Promotion, Training
 from labelloop.retrain import ASKED, Reconciler
 from labelloop.settings import Settings
 from tests import examples
-from tests.fake_aws import FakeBucket, FakeDynamoDB, FakeRegistry, FakeSageMaker, TrainingJob, Wired
+from tests.fake_aws import FakeBucket, FakeDynamoDB, FakeRegistry, FakeSageMaker, Wired
 from tests.fake_label_studio import FakeLabelStudio
 
 MODEL = "digits"
@@ -204,12 +205,13 @@ class WatchedSageMaker(FakeSageMaker):
         if name not in self.jobs and not self.refuses:
             for other, job in self.jobs.items():
                 demand(job.ended, f"{name} starts while {other} runs")
-                same = job.request["HyperParameters"]["digest"] == digest
-                demand(not same or job.status != "Completed", f"{name} trains what {other} has trained")
-                decided = job.status != "Completed" or self._ledger.promotion(MODEL, other) is not None
+                given = job.request["HyperParameters"]
+                repeated = given["digest"] == digest and job.status == "Completed"
+                demand(not repeated, f"{name} trains what {other} has trained")
+                decided = job.status != "Completed" or self._ledger.promotion(MODEL, given["job_name"]) is not None
                 demand(decided, f"{name} starts before the gate has decided about {other}")
             running = self._ledger.head(MODEL).running
-            demand(running is not None and running.job_name == name, f"{name} starts without a claim")
+            demand(running is not None and running.digest == digest, f"{name} starts without a claim")
         return super().create_training_job(**request)
 
     @property
@@ -309,7 +311,8 @@ class RetrainingMachine(RuleBasedStateMachine):
         self.grow()
         for name in self.sagemaker.running:
             self._complete(name, "sound", accuracy, spread)
-            self._begin(self._decide(Message(name), None, []), 99)
+            self._report(name, 0, 1)
+            self._begin(self._decide(self.outbox.promote.pop(), None, []), 99)
         self._begin(self._reconcile([], None, []), 99)
 
     # Annotators
@@ -462,6 +465,7 @@ class RetrainingMachine(RuleBasedStateMachine):
         if archive == "missing":
             return
         given = self.sagemaker.jobs[name].request["HyperParameters"]
+        name = given["job_name"]
         version = len(self.accuracies) + 1
         self.accuracies[version] = accuracy
         champion = int(given["champion_version"]) if given["champion_version"] else None
@@ -476,6 +480,7 @@ class RetrainingMachine(RuleBasedStateMachine):
         )
         report = msgspec.structs.replace(
             report,
+            holdout=report.holdout[:1],  # judged is the comparison; the images only take time
             dataset_digest=given["digest"],
             n_annotations=int(given["n_annotations"]),
             champion_annotations=int(given["champion_annotations"]) if champion else None,
@@ -485,7 +490,8 @@ class RetrainingMachine(RuleBasedStateMachine):
 
     def _report(self, name: str, to_retrain: int, to_promote: int) -> None:
         self._send("TRAINING_ENDED", to_retrain)
-        self.outbox.promote += [Message(name) for _ in range(to_promote)]
+        given = self.sagemaker.jobs[name].request["HyperParameters"]
+        self.outbox.promote += [Message(given["job_name"]) for _ in range(to_promote)]
 
     @rule(minutes=st.sampled_from([1, 11, 25 * 60]))
     def wait(self, minutes: int) -> None:
@@ -505,22 +511,24 @@ class RetrainingMachine(RuleBasedStateMachine):
 
     def _demand_a_sound_ledger(self) -> None:
         """It points to no job that cannot exist, and forgets none that does."""
-        head, jobs, trainings = self.ledger.head(MODEL), self.sagemaker.jobs, self.ledger.trainings(MODEL)
-        noted = {training.job.job_name: training for training in trainings}
-        demand(jobs.keys() <= noted.keys(), f"SageMaker has {jobs.keys()}, the ledger {noted.keys()}")
-        running = [training.job for training in trainings if training.status == "running"]
-        demand(running == ([head.running] if head.running else []), f"{running} are noted as running, {head.running} is")
+        head, trainings = self.ledger.head(MODEL), self.ledger.trainings(MODEL)
+        jobs = {job.request["HyperParameters"]["job_name"]: job.status for job in self.sagemaker.jobs.values()}
+        status = {training.job.job_name: training.status for training in trainings}
+        noted = [training.job for training in trainings if training.status == "running"]
+        demand(noted == ([head.running] if head.running else []), f"{noted} are noted as running, {head.running} is")
         for training in trainings:
             job = training.job
-            demand(job.job_name == job_name("local", MODEL, job.digest, job.attempt), f"{job} has another job's name")
             manifest = self.bucket.get(artifacts.manifest_key(MODEL, job.digest))
             whole = manifest is not None and hashlib.sha256(manifest).hexdigest() == job.digest
             demand(whole, f"the manifest of {job} is missing")
             demand(job.champion_version is None or job.champion_version in self.bucket.served, f"{job} meets no champion")
-            if training.status != "running":
-                demand(training.status == jobs[job.job_name].status.lower(), f"{training} ended as {jobs[job.job_name].status}")
-        for last, status in ((head.trained, "completed"), (head.failure, None)):
-            demand(last is None or status in (None, noted[last.job_name].status), f"{last} is not what the history says")
+            ended = jobs.get(job.job_name) == training.status.capitalize()
+            demand(ended or job == head.running, f"{training} is {jobs.get(job.job_name)}")
+        for name, state in jobs.items():
+            known = state not in ("InProgress", "Stopping") or (head.running is not None and head.running.job_name == name)
+            demand(known, f"{name} runs, and the ledger points to {head.running}")
+        demand(head.trained is None or status[head.trained.job_name] == "completed", f"{head.trained} was never completed")
+        demand(head.failure is None or status[head.failure.job_name] in ("failed", "stopped"), f"{head.failure} never failed")
 
     def teardown(self) -> None:
         if not self.violated:
@@ -575,7 +583,7 @@ def run(examples: int, *, phases: tuple[Phase, ...] = (Phase.generate, Phase.shr
         RetrainingMachine,
         settings=settings(
             max_examples=examples,
-            stateful_step_count=30,
+            stateful_step_count=20,
             phases=phases,
             derandomize=derandomize,
             database=None,
@@ -602,3 +610,96 @@ def test_whatever_happens_the_loop_comes_right() -> None:
 @pytest.mark.slow
 def test_whatever_else_happens_the_loop_comes_right() -> None:
     run(10_000, derandomize=False)
+
+
+def any_head_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger writes over whatever head is there, not only over the one that was read."""
+    advance = Ledger._advance
+
+    def over_whatever(ledger: Ledger, before: Head, after: Head, training: Training | None) -> None:
+        there = ledger.head(before.model)
+        advance(ledger, msgspec.structs.replace(before, sequence=there.sequence), after, training)
+
+    monkeypatch.setattr(Ledger, "_advance", over_whatever)
+
+
+def a_name_without_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrain, "job_name", lambda stage, model, digest, attempt: job_name(stage, model, digest, 1))
+
+
+def a_name_of_its_own_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SageMaker cannot tell that a job was started already; its state is that of the last start."""
+    numbers, names, state = count(1), dict[str, str](), Launcher.state
+
+    def renamed(settings: Settings, config: ModelConfig, job: Job, champion: Champion | None) -> dict[str, Any]:
+        names[job.job_name] = f"{job.job_name}-{next(numbers)}"
+        return {**training_request(settings, config, job, champion), "TrainingJobName": names[job.job_name]}
+
+    monkeypatch.setattr(launcher, "training_request", renamed)
+    monkeypatch.setattr(Launcher, "state", lambda self, name: state(self, names.get(name, name)))
+
+
+def no_start_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was claimed and never started is waited for."""
+    settle = Reconciler._settle
+
+    def wait(self: Reconciler, model: str, head: Head) -> Head:
+        never_started = head.running is not None and self._launcher.state(head.running.job_name) is None
+        return head if never_started else settle(self, model, head)
+
+    monkeypatch.setattr(Reconciler, "_settle", wait)
+
+
+def no_end_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claimed job is taken for ended when SageMaker does not know it yet."""
+    settle = Reconciler._settle
+
+    def forget(self: Reconciler, model: str, head: Head) -> Head:
+        never_started = head.running is not None and self._launcher.state(head.running.job_name) is None
+        return msgspec.structs.replace(head, running=None) if never_started else settle(self, model, head)
+
+    monkeypatch.setattr(Reconciler, "_settle", forget)
+
+
+def no_waiting_for_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reconciler, "_busy", lambda self, model, head: "a job is running" if head.running else None)
+
+
+def no_second_look_at_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end that `promote` never saw is waited for."""
+    monkeypatch.setattr(retrain, "_PROMOTION_GRACE", timedelta.max)
+
+
+def any_pointer_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The champion pointer is written over whatever is there, not only over the one that was read."""
+
+    def put(self: Champions, champion: Champion, *, tag: str | None) -> None:
+        self._artifacts.put(artifacts.champion_key(champion.model), msgspec.json.encode(champion))
+
+    monkeypatch.setattr(Champions, "swap", put)
+
+
+def any_model_file_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The archive's model is not compared with the SHA-256 of its report."""
+    monkeypatch.setattr(promotion, "hashlib", SimpleNamespace(sha256=lambda _: SimpleNamespace(hexdigest=lambda: ANY)))
+
+
+@pytest.mark.parametrize(
+    "break_guard",
+    [
+        any_head_will_do,
+        a_name_without_the_attempt,
+        a_name_of_its_own_for_every_start,
+        no_start_after_a_crash,
+        no_end_of_a_job,
+        no_waiting_for_the_gate,
+        no_second_look_at_the_gate,
+        any_pointer_will_do,
+        any_model_file_will_do,
+    ],
+)
+def test_a_broken_guard_is_found(monkeypatch: pytest.MonkeyPatch, break_guard: Callable[[pytest.MonkeyPatch], None]) -> None:
+    """So that the test above can fail."""
+    break_guard(monkeypatch)
+    with pytest.raises(Violation):
+        run(2_000, phases=(Phase.generate,))
