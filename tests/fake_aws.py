@@ -1,4 +1,4 @@
-"""DynamoDB, S3, SageMaker and MLflow in memory, as far as the retraining loop uses them, for tests of what goes wrong between them.
+"""DynamoDB, S3, SageMaker and MLflow in memory, as far as the retraining loop uses them, for tests of what goes wrong between.
 
 Each keeps the promises that the loop rests on: conditional writes, compare-and-set, job names that are unique for ever. All
 else that a real service does is missing; what is not understood is an error.
@@ -22,12 +22,13 @@ Item = dict[str, Any]
 
 def refusal(operation: str, code: str, message: str = "", **response: Any) -> ClientError:
     """What a boto3 client raises."""
-    return ClientError({"Error": {"Code": code, "Message": message}, **response}, operation)
+    answer: Any = {"Error": {"Code": code, "Message": message}, **response}
+    return ClientError(answer, operation)
 
 
 @dataclass
 class FakeDynamoDB:
-    """boto3's client of DynamoDB with the ledger's table, its key `model` and `record`, and its conditions on heads and trainings."""
+    """boto3's client of DynamoDB with the ledger's table (key `model`, `record`) and its conditions on heads and trainings."""
 
     items: dict[tuple[str, str], Item] = field(default_factory=dict)
     lock: Any = field(default_factory=Lock)

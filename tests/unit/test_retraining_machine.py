@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
@@ -84,18 +84,18 @@ class Clock(datetime):
     moment: ClassVar[datetime]
 
     @classmethod
-    def now(cls, tz: Any = None) -> Any:
+    def now(cls, tz: Any = None) -> Any:  # noqa: ARG003
         return cls.moment
 
 
 class Fault(NamedTuple):
-    """What befalls call number `call` of an invocation. `before` it took effect, or `after`; the process `dies`, or the call `fails`."""
+    """What befalls an invocation at a call, `before` or `after` that takes effect: the process dies, or the call fails."""
 
     call: int
     kind: FaultKind
 
 
-class Invocation(greenlet):
+class Invocation(greenlet):  # type: ignore[misc]  # it has no types
     """One run of a function or a command, which stops at each of its calls until it is told to go on."""
 
     def __init__(self, work: Callable[[], object], fault: Fault | None, ended: Callable[[bool], None]) -> None:
@@ -279,9 +279,7 @@ class RetrainingMachine(RuleBasedStateMachine):
             bucket, ledger, registry, wired(self.outbox, ServiceError("EventBridge does not answer")).announce
         )
         self.deployment = Deployment("local")
-        vars(self.deployment).update(
-            artifacts=bucket, ledger=ledger, outputs={"MlflowTrackingUri": registry, "EventBus": "bus"}
-        )
+        vars(self.deployment).update(artifacts=bucket, ledger=ledger, outputs={"MlflowTrackingUri": registry, "EventBus": "bus"})
         self.events = wired(self.outbox, TIMED_OUT)
 
         self.going_on: list[Invocation] = []
@@ -296,19 +294,19 @@ class RetrainingMachine(RuleBasedStateMachine):
         for _ in range(turns):
             self.turn(0.9, 0.01)
 
-    @precondition(lambda self: len(self.label_studio.annotated) < MANY)
-    @rule()
-    def grow(self) -> None:
-        """For once all goes well, whoever else may be left waiting: many new annotations after a long time, and a look."""
+    @precondition(lambda self: len(self.label_studio.annotated) < MANY and len(self.going_on) < 3)
+    @rule(fault=FAULTS, calls=CALLS)
+    def grow(self, fault: Fault | None, calls: int) -> None:
+        """Many new annotations after a long time, and a look."""
         self.annotate(len(self.label_studio.annotated) // 2 + 2, webhooks=0)
         Clock.moment += LONG
-        self._begin(self._reconcile([], None, []), 99)
+        self._begin(self._reconcile([], fault, []), calls)
 
     @precondition(lambda self: len(self.label_studio.annotated) < MANY)
     @rule(accuracy=ACCURACIES, spread=SPREADS)
     def turn(self, accuracy: float, spread: float) -> None:
-        """The same, and the job is decided about and noted."""
-        self.grow()
+        """For once all goes well, whoever else may be left waiting: new annotations, a job, a decision."""
+        self.grow(None, 99)
         for name in self.sagemaker.running:
             self._complete(name, "sound", accuracy, spread)
             self._report(name, 0, 1)
@@ -624,7 +622,7 @@ def any_head_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_name_without_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrain, "job_name", lambda stage, model, digest, attempt: job_name(stage, model, digest, 1))
+    monkeypatch.setattr(retrain, "job_name", lambda stage, model, digest, _: job_name(stage, model, digest, 1))
 
 
 def a_name_of_its_own_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,7 +634,7 @@ def a_name_of_its_own_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
         return {**training_request(settings, config, job, champion), "TrainingJobName": names[job.job_name]}
 
     monkeypatch.setattr(launcher, "training_request", renamed)
-    monkeypatch.setattr(Launcher, "state", lambda self, name: state(self, names.get(name, name)))
+    monkeypatch.setattr(Launcher, "state", lambda self, name: state(self, names.get(name) or name))
 
 
 def no_start_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,7 +660,7 @@ def no_end_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_waiting_for_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reconciler, "_busy", lambda self, model, head: "a job is running" if head.running else None)
+    monkeypatch.setattr(Reconciler, "_busy", lambda _self, _model, head: "a job is running" if head.running else None)
 
 
 def no_second_look_at_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
