@@ -273,6 +273,29 @@ def test_a_crash_before_a_note_heals(
     assert [takeover.version for takeover in gate.ledger.takeovers("digits")] == [1, 2][:serves]
 
 
+@pytest.mark.parametrize("noted", [False, True], ids=["in the pointer alone", "in the ledger alone"])
+def test_a_decision_that_comes_again_after_a_rollback_leaves_the_rollback(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.decide()
+    gate.train(second(0.95), b"second")
+    with monkeypatch.context() as patch:
+        patch.setattr(gate.ledger, "record_promotion" if noted else "record_takeover", crash)
+        with pytest.raises(Crash):
+            gate.decide("job-2")
+    _, tag = gate.champions.read_tagged("digits")
+    first = examples.champion(1)
+    rolled_back = msgspec.structs.replace(
+        first, by="rollback", before=None if noted else 2, promoted_at="2026-01-02T00:00:00.000+00:00"
+    )
+    gate.champions.swap(rolled_back, tag=tag)
+    decided = gate.decide("job-2")
+    assert gate.champion == rolled_back
+    assert (decided.verdict, decided.version) == ("promote", 2), "what it was when it took over"
+    assert gate.aliases["champion"] == "1"
+
+
 def test_a_crash_before_the_first_swap_heals(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     gate.train(examples.evaluation(1, 0.9))
     with monkeypatch.context() as patch:

@@ -280,7 +280,7 @@ def test_start_training_trains_at_once_when_there_is_anything_new(loop: Loop) ->
     assert loop.look(asked=True).started
     loop.launcher.end("Completed")
     loop.decide()
-    assert loop.look(asked=True) == Outcome(None, "nothing new since the last training")
+    assert loop.look(asked=True) == Outcome(None, f"nothing new: {loop.launcher.job.job_name} has trained the same annotations")
     loop.annotate(4)
     assert loop.look(asked=True).started
     assert [job.n_annotations for job, _ in loop.launcher.started] == [3, 4]
@@ -291,6 +291,19 @@ def test_a_corrected_label_is_something_new(loop: Loop) -> None:
     loop.look()
     loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
     assert loop.look(asked=True).started
+
+
+def test_a_label_that_was_changed_and_changed_back_is_nothing_new(loop: Loop) -> None:
+    loop.train(100)
+    first, was = loop.launcher.job.job_name, loop.label_studio.annotated[0]
+    loop.look()
+    loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
+    assert loop.look(asked=True).started
+    loop.launcher.end("Completed")
+    loop.decide(2)
+    loop.label_studio.annotated[0] = was
+    assert loop.look(asked=True) == Outcome(None, f"nothing new: {first} has trained the same annotations")
+    assert len(loop.launcher.started) == 2
 
 
 def test_annotations_that_cannot_be_trained_on_do_not_count(loop: Loop) -> None:
@@ -351,6 +364,6 @@ def test_what_was_asked_for_is_forgotten_when_there_is_nothing_new(loop: Loop) -
     loop.launcher.end("Completed")
     loop.look()
     loop.decide(2)
-    assert loop.look() == Outcome(None, "nothing new since the last training")
+    assert loop.look() == Outcome(None, f"nothing new: {loop.launcher.job.job_name} has trained the same annotations")
     assert not loop.ledger.head("digits").asked
     assert len(loop.launcher.started) == 2

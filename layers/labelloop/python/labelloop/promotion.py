@@ -145,9 +145,9 @@ class Promoter:
         """Judge a version and, when it won, let it serve."""
         model, version = evaluation.model, evaluation.challenger.version
         champion, tag = self._champions.read_tagged(model)
-        if champion is not None and champion.version == version:  # a crash came between the swap and the ledger's note
+        if champion is not None and self._has_served(version, champion):  # a crash came between the swap and the ledger's note
             verdict, reason = judge(evaluation, evaluation.champion.version if evaluation.champion else None)
-            if champion.by == "gate":
+            if champion.version == version and champion.by == "gate":
                 self._ledger.record_takeover(champion.takeover)
         else:
             before = champion.version if champion else None
@@ -174,6 +174,11 @@ class Promoter:
             labels_saved=evaluation.labels_saved,
             suspects=len(evaluation.suspects),
         )
+
+    def _has_served(self, version: int, champion: Champion) -> bool:
+        """Whether a version serves or has served. Then it takes over no more: whoever moved the pointer away from it meant to."""
+        takeovers = (champion.takeover, *self._ledger.takeovers(champion.model))
+        return any(version in (takeover.version, takeover.before) for takeover in takeovers)
 
     def _publish(self, promotion: Promotion) -> None:
         """Tell the registry and everybody else; of a version that no longer serves, not as the champion."""

@@ -126,17 +126,18 @@ class Reconciler:
         decision = self._decide(model, head, snapshot.n_annotations, asked=asked)
         if not decision.train:  # some annotated tasks cannot be trained on
             return Outcome(None, f"{decision.reason}; left out: {snapshot.skipped}")
-        if head.trained and head.trained.digest == snapshot.digest:
-            return Outcome(None, "nothing new since the last training")
+        tries = [training for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest]
+        trained = next((one.job.job_name for one in tries if one.status == "completed"), None)
+        if trained is not None:  # perhaps not the last: a label may be changed and changed back
+            return Outcome(None, f"nothing new: {trained} has trained the same annotations")
         self._bucket.put(artifacts.manifest_key(model, snapshot.digest), manifest)
 
-        attempt = 1 + sum(1 for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest)
         champion = Champions(self._bucket).read(model)
         job = Job(
-            job_name=job_name(self._stage, model, snapshot.digest, attempt),
+            job_name=job_name(self._stage, model, snapshot.digest, len(tries) + 1),
             digest=snapshot.digest,
             n_annotations=snapshot.n_annotations,
-            attempt=attempt,
+            attempt=len(tries) + 1,
             started_at=now(),
             snapshot=snapshot,
             champion_version=champion.version if champion else None,
