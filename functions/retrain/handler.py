@@ -20,8 +20,9 @@ from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
 from labelloop.records import TrainingSignal
-from labelloop.retrain import ASKED, Reconciler
+from labelloop.retrain import ASKED, SCHEDULE, Reconciler
 from labelloop.settings import Settings
+from labelloop.watchdog import Watchdog
 
 logger = Logger()
 
@@ -49,6 +50,12 @@ def reconciler() -> Reconciler:
     )
 
 
+@cache
+def watchdog() -> Watchdog:
+    settings = Settings()
+    return Watchdog(Ledger(settings.ledger_table), connect(settings))
+
+
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     messages: dict[str, list[tuple[str, str]]] = defaultdict(list)  # model → (message id, action)
@@ -72,4 +79,16 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             failed.update(message for message, _ in signals)
         else:
             logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
+            if any(action == SCHEDULE for _, action in signals):
+                _watch(model)
     return {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
+
+
+def _watch(model: str) -> None:
+    """What fails here is looked at with the next schedule."""
+    try:
+        finding = watchdog()(model)
+    except LabelloopError as error:
+        finding = str(error)
+    if finding:
+        logger.warning("webhook", model=model, reason=finding)

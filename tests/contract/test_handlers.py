@@ -58,9 +58,12 @@ class Reconciler:
         return Outcome(None, "nothing to do")
 
 
-def retrain(monkeypatch: pytest.MonkeyPatch, reconciler: Reconciler, *bodies: Any) -> list[str]:
+def retrain(
+    monkeypatch: pytest.MonkeyPatch, reconciler: Reconciler, *bodies: Any, watchdog: Callable[[str], str | None] = lambda _: None
+) -> list[str]:
     handler = examples.load_handler("retrain")
     monkeypatch.setattr(handler, "reconciler", lambda: reconciler)
+    monkeypatch.setattr(handler, "watchdog", lambda: watchdog)
     return failures(handler.handler(sqs_event(*bodies), LambdaContext()))
 
 
@@ -84,6 +87,19 @@ def test_the_schedule_looks_at_every_model(monkeypatch: pytest.MonkeyPatch) -> N
     reconciler = Reconciler()
     assert retrain(monkeypatch, reconciler, {"action": "SCHEDULE"}) == []
     assert [model for model, _ in reconciler.asked] == examples.CONFIGS.names
+
+
+def test_the_schedule_and_nothing_else_looks_at_the_webhooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[str] = []
+
+    def watchdog(model: str) -> None:
+        watched.append(model)
+        raise LabelStudioError("it does not answer")
+
+    assert retrain(monkeypatch, Reconciler(), signal("digits"), watchdog=watchdog) == []
+    assert watched == []
+    assert retrain(monkeypatch, Reconciler(), {"action": "SCHEDULE"}, watchdog=watchdog) == [], "the next schedule looks again"
+    assert watched == examples.CONFIGS.names
 
 
 def test_only_the_messages_of_the_model_that_failed_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
