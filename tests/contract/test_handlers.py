@@ -64,6 +64,7 @@ def retrain(
     handler = examples.load_handler("retrain")
     monkeypatch.setattr(handler, "reconciler", lambda: reconciler)
     monkeypatch.setattr(handler, "watchdog", lambda: watchdog)
+    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
     return failures(handler.handler(sqs_event(*bodies), LambdaContext()))
 
 
@@ -106,6 +107,12 @@ def test_only_the_messages_of_the_model_that_failed_come_again(monkeypatch: pyte
     reconciler = Reconciler(faces=LabelStudioError("down"))
     assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces"), signal("faces")) == ["m1", "m2"]
     assert len(reconciler.asked) == 2
+
+
+def test_an_error_that_nobody_foresaw_takes_no_other_models_messages_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler(digits=ZeroDivisionError())
+    assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces")) == ["m0"]
+    assert [model for model, _ in reconciler.asked] == ["digits", "faces"]
 
 
 @pytest.mark.parametrize("body", ["no json", "[]", "{}", '{"action": null}', '{"model": 3, "action": "x"}', ""])
