@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cached_property
-from itertools import batched
 from typing import Any
 
 import msgspec
@@ -20,7 +19,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from labelloop import aws
 
 FIRST, LONGEST = 30, 30 * 60  # seconds
-_BATCH = 10  # SQS's limit of a request
 
 
 class Redelivery:
@@ -28,6 +26,7 @@ class Redelivery:
 
     def __init__(self, *, log: Callable[..., None]) -> None:
         self._log = log
+        self._urls: dict[str, str] = {}  # by ARN
 
     @cached_property
     def _sqs(self) -> Any:
@@ -39,27 +38,25 @@ class Redelivery:
         When SQS does not do its part, the queue's visibility timeout holds.
         """
         failed = {entry["itemIdentifier"] for entry in answer["batchItemFailures"]}
-        records = [record for record in event["Records"] if record["messageId"] in failed]
         try:
-            for some in batched(records, _BATCH, strict=False):
-                self._put_off(some, message)
+            for record in event["Records"]:
+                if record["messageId"] in failed:
+                    self._put_off(record, message)
         except (BotoCoreError, ClientError) as error:
             self._log("messages come again only after the visibility timeout", reason=str(error))
         return answer
 
-    def _put_off(self, records: tuple[dict[str, Any], ...], message: type) -> None:
-        name = records[0]["eventSourceARN"].rpartition(":")[2]
-        self._sqs.change_message_visibility_batch(
-            QueueUrl=self._sqs.get_queue_url(QueueName=name)["QueueUrl"],
-            Entries=[
-                {
-                    "Id": str(number),
-                    "ReceiptHandle": record["receiptHandle"],
-                    "VisibilityTimeout": _seconds(record, message),
-                }
-                for number, record in enumerate(records)
-            ],
+    def _put_off(self, record: dict[str, Any], message: type) -> None:
+        self._sqs.change_message_visibility(
+            QueueUrl=self._url(record["eventSourceARN"]),
+            ReceiptHandle=record["receiptHandle"],
+            VisibilityTimeout=_seconds(record, message),
         )
+
+    def _url(self, queue: str) -> str:
+        if queue not in self._urls:
+            self._urls[queue] = self._sqs.get_queue_url(QueueName=queue.rpartition(":")[2])["QueueUrl"]
+        return self._urls[queue]
 
 
 def delay(receives: int) -> int:
