@@ -122,11 +122,17 @@ def completed(loop: Loop) -> str:
     return job
 
 
-def wait_for_failures(loop: Loop, said: dict[str, str]) -> None:
-    """Wait until each function has said that something fails, once more than before."""
+@contextmanager
+def failing(loop: Loop, said: dict[str, str]) -> Iterator[None]:
+    """What happens in the block makes each of the functions say that something fails."""
     before = {function: loop.stack.function_log(function).count(text) for function, text in said.items()}
+    yield
     for function, text in said.items():
-        wait_for(lambda f=function, t=text: loop.stack.function_log(f).count(t) > before[f], 120, f"{function} says {text!r}")  # type: ignore[misc]
+        wait_for(
+            lambda function=function, text=text: loop.stack.function_log(function).count(text) > before[function],  # type: ignore[misc]
+            120,
+            f"{function} says {text!r}",
+        )
 
 
 @contextmanager
@@ -311,9 +317,9 @@ def test_mlflow_may_be_away_at_the_promotion(loop: Loop, first_version: Promotio
         with held(loop, "PromoteQueue"):
             job = completed(loop)
             outage.enter_context(down(loop, "mlflow"))
+            outage.enter_context(failing(loop, {"promote": "comes again"}))
         decided = verdict(loop, job)
         assert decided.version
-        wait_for_failures(loop, {"promote": "comes again"})
     wait_for(lambda: is_empty(loop, "PromoteQueue"), 180, "the message was taken")
     version = MlflowClient(loop.deployment.mlflow_tracking_uri).get_model_version(loop.model, str(decided.version))
     assert version.tags["verdict"] == decided.verdict
@@ -324,15 +330,15 @@ def test_label_studio_may_be_away_while_everybody_wants_it(loop: Loop, first_ver
     """Every message comes again: an image becomes one task, a pressed button one training, and the predictions are made."""
     annotated, before = loop.annotate_more(1), set(loop.job_names())
     key = f"{loop.folder.config.images_prefix}during the outage.png"
-    with faster(loop, "IngestQueue"), down(loop, "label_studio"):
-        loop.deployment.images.put(key, examples.png(7, size=(8, 8), salt=1))
-        send(loop, "RefreshQueue", {"model": loop.model, "version": loop.champion.version})
-        send(loop, "PrelabelQueue", {"model": loop.model, "after": 0, "upto": 10_000})
-        assert loop.webhook("START_TRAINING") == 201
-        schedule(loop)
+    with faster(loop, "IngestQueue"):
         said = dict.fromkeys(("ingest", "refresh", "prelabel"), "comes again") | {"retrain": "not reconciled"}
-        wait_for_failures(loop, said)
-    wait_for(lambda: task_of(loop, key), 120, "the image is a task")
+        with down(loop, "label_studio"), failing(loop, said):
+            loop.deployment.images.put(key, examples.png(7, size=(8, 8), salt=1))
+            send(loop, "RefreshQueue", {"model": loop.model, "version": loop.champion.version})
+            send(loop, "PrelabelQueue", {"model": loop.model, "after": 0, "upto": 10_000})
+            assert loop.webhook("START_TRAINING") == 201
+            schedule(loop)
+        wait_for(lambda: task_of(loop, key), 180, "the image is a task")  # its claim of the first try holds for 90 s
     loop.verdict_about(annotated)
     for queue in ("IngestQueue", *QUEUES):
         wait_for(lambda queue=queue: is_empty(loop, queue), 240, f"{queue} is empty")  # type: ignore[misc]
@@ -347,10 +353,9 @@ def test_the_training_service_may_be_away_when_a_training_is_due(loop: Loop, fir
     """The training is claimed in the ledger; the message comes again, and the very job that was claimed starts."""
     loop.annotate_more(1)
     before = set(loop.job_names())
-    with down(loop, "sagemaker"):
+    with down(loop, "sagemaker"), failing(loop, {"retrain": "SageMaker does not answer"}):
         assert loop.webhook("START_TRAINING") == 201
         (job,) = wait_for(lambda: set(loop.job_names()) - before, 60, "a claim")
-        wait_for_failures(loop, {"retrain": "SageMaker does not answer"})
     assert verdict(loop, job).version
     assert set(loop.job_names()) - before == {job}
 
