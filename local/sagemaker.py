@@ -4,6 +4,9 @@ An HTTP server for four operations of SageMaker's API (AWS JSON 1.1): CreateTrai
 StopTrainingJob. What is asked for is checked against AWS's own description of the API, as it comes with botocore. A job's end is
 announced by an EventBridge event whose source is `labelloop.sagemaker`, because nobody may send as `aws.sagemaker`.
 
+The folder of checkpoints is copied to S3 while a job runs. A spot job whose process is ended by a SIGTERM that nobody asked for
+has lost its machine: it starts again on a fresh one, with its checkpoints.
+
     python -m local.sagemaker --port P --home FOLDER --endpoint URL_OF_THE_EMULATOR
 """
 
@@ -12,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -40,6 +45,9 @@ from local.processes import ProcessRecord, start, stop
 EVENT_SOURCE = "labelloop.sagemaker"
 EVENT_TYPE = "SageMaker Training Job State Change"
 STOP_GRACE_S = 10.0  # AWS gives 120
+_TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # exit status of a process that SIGTERM ended, or that left because of it
+_CHECKPOINTS = "/opt/ml/checkpoints"
+_SYNC_S = 1.0
 _FAILURE_CHARACTERS = 1024
 _HYPERPARAMETER_CHARACTERS = 256
 _DOWNLOADS = 16
@@ -88,6 +96,25 @@ class Job(msgspec.Struct):
     artifacts: str | None = None
     process: ProcessRecord | None = None
     event_due: bool = False
+    trained_s: float = 0.0  # on the machines that were taken away
+    transitions: list[tuple[str, float]] = []  # secondary statuses and when they began
+
+    def __post_init__(self) -> None:
+        self.transitions = self.transitions or [(self.secondary, self.created)]
+
+    def enter(self, secondary: str) -> None:
+        self.secondary = secondary
+        self.transitions.append((secondary, time.time()))
+
+    @property
+    def spot(self) -> bool:
+        return bool(self.request.get("EnableManagedSpotTraining"))
+
+    @property
+    def checkpoints(self) -> str | None:
+        """The s3:// address of its checkpoints."""
+        uri = self.request.get("CheckpointConfig", {}).get("S3Uri")
+        return f"{uri.rstrip('/')}/" if uri else None
 
     @property
     def name(self) -> str:
@@ -236,6 +263,7 @@ class Service:
             "TrainingStartTime": job.started,
             "TrainingEndTime": job.ended,
             "TrainingTimeInSeconds": int(job.ended - job.started) if job.started and job.ended else None,
+            "SecondaryStatusTransitions": [{"Status": status, "StartTime": began} for status, began in job.transitions],
         }
         return {name: value for name, value in answer.items() if value is not None}
 
@@ -269,7 +297,8 @@ class Service:
                 raise ApiError(
                     "ValidationException", f"The request was rejected because the training job is in status {job.status}."
                 )
-            job.status, job.secondary = "Stopping", "Stopping"
+            job.status = "Stopping"
+            job.enter("Stopping")
         self._stops[job.name].set()
         return {}
 
@@ -285,15 +314,22 @@ class Service:
             if job.process:
                 stop([job.process], grace_s=2)
             with self._jobs.change(job):
-                job.status = job.secondary = "Failed"
+                job.status = "Failed"
+                job.enter("Failed")
                 job.failure = "InternalServerError: the stand-in was stopped during the job"
                 job.ended, job.event_due = time.time(), True
 
     def _run(self, job: Job) -> None:
         folder = self._home / "opt_ml" / job.name
         try:
-            self._prepare(job, folder)
-            status, secondary = self._train(job, folder)
+            while (ending := self._run_on_one_machine(job, folder)) is None:
+                if self._closing.is_set():
+                    return
+                log.info("%s: interrupted", job.name)
+                self._enter(job, "Interrupted")
+                shutil.rmtree(folder)  # the next machine knows nothing of this one's
+                self._enter(job, "Starting")
+            status, secondary = ending
             self._enter(job, "Uploading")
             artifacts = self._upload(job, folder)
             self._end(job, status, secondary, artifacts=artifacts)
@@ -305,13 +341,20 @@ class Service:
 
     def _enter(self, job: Job, secondary: str) -> None:
         with self._jobs.change(job):
-            job.secondary = secondary if job.status == "InProgress" else job.secondary
+            if job.status == "InProgress":
+                job.enter(secondary)
+
+    def _run_on_one_machine(self, job: Job, folder: Path) -> tuple[str, str] | None:
+        """Status and secondary status that the job ends with; None when spot took the machine away."""
+        self._prepare(job, folder)
+        return self._train(job, folder)
 
     def _end(self, job: Job, status: str, secondary: str, *, artifacts: str | None = None, failure: str | None = None) -> None:
         if self._closing.is_set():
             return
         with self._jobs.change(job):
-            job.status, job.secondary, job.artifacts, job.failure = status, secondary, artifacts, failure
+            job.status, job.artifacts, job.failure = status, artifacts, failure
+            job.enter(secondary)
             job.ended, job.event_due = time.time(), True
         log.info("%s: %s%s", job.name, status, f" ({failure})" if failure else "")
         self._announcer.wake()
@@ -346,13 +389,25 @@ class Service:
         self._enter(job, "Downloading")
         for channel in channels:
             self._download(channel["DataSource"]["S3DataSource"]["S3Uri"], folder / "input/data" / channel["ChannelName"])
+        if job.checkpoints:
+            self._bring_back_checkpoints(job.checkpoints, folder / "checkpoints")
+
+    def _bring_back_checkpoints(self, uri: str, folder: Path) -> None:
+        """Copies of the job's own: it writes there."""
+        bucket, prefix = _bucket_and_key(uri)
+        try:
+            for entry in _objects(self._s3, bucket, prefix):
+                target = folder / _path_below(prefix, entry["Key"])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._s3.download_file(bucket, entry["Key"], str(target))
+        except (BotoCoreError, ClientError, Boto3Error) as error:
+            raise JobFailure(f"ClientError: Data download failed: {uri}: {error}") from error
 
     def _download(self, uri: str, target: Path) -> None:
         """Place what lies under an S3 address below `target`, whichever input mode asks for it."""
         bucket, prefix = _bucket_and_key(uri)
         try:
-            pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            found = [entry for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
+            found = _objects(self._s3, bucket, prefix)
             if not found:
                 raise JobFailure(
                     f'ClientError: Data download failed:No S3 objects found under S3 URL "{uri}" given in input data source.'
@@ -376,11 +431,11 @@ class Service:
         target.unlink(missing_ok=True)
         target.hardlink_to(kept)
 
-    def _train(self, job: Job, folder: Path) -> tuple[str, str]:
-        """Run the container's command. Returns the status and the secondary status that the job ends with."""
+    def _train(self, job: Job, folder: Path) -> tuple[str, str] | None:
+        """Run the container's command: status and secondary status that the job ends with, None when it was interrupted."""
         if self._stops[job.name].is_set():
             return "Stopped", "Stopped"
-        specification = job.request["AlgorithmSpecification"]
+        specification, stopping = job.request["AlgorithmSpecification"], job.request["StoppingCondition"]
         words = [*specification["ContainerEntrypoint"], *specification.get("ContainerArguments", [])]
         started = start(
             job.name,
@@ -389,20 +444,31 @@ class Service:
             environment=self._environment(job, folder),
             folder=folder,
         )
+        began = time.time()
         with self._jobs.change(job):
-            job.process, job.started = started.record, time.time()
-            job.secondary = "Training" if job.status == "InProgress" else job.secondary
-        limit_s = float(job.request["StoppingCondition"]["MaxRuntimeInSeconds"])
-        deadline = time.monotonic() + limit_s
+            job.process, job.started = started.record, job.started or began
+        self._enter(job, "Training")
+        run_out = began + float(stopping["MaxRuntimeInSeconds"]) - job.trained_s
+        given_up = job.created + float(stopping.get("MaxWaitTimeInSeconds", math.inf))
+        keeper = _Checkpoints(self._s3, job.checkpoints, folder / "checkpoints")
         ending: tuple[str, str] | None = None
         while started.popen.poll() is None and ending is None:
             if self._stops[job.name].wait(0.05):
                 ending = "Stopped", "Stopped"
-            elif time.monotonic() > deadline:
+            elif time.time() > run_out:
                 ending = "Stopped", "MaxRuntimeExceeded"
+            elif time.time() > given_up:
+                ending = "Stopped", "MaxWaitTimeExceeded"
+            keeper.keep_sometimes()
         stop([started.record], grace_s=STOP_GRACE_S)  # as a container's end takes with it whatever still runs in it
-        if ending is None and started.popen.returncode:
-            raise JobFailure(_failure_reason(folder, started.popen.returncode))
+        keeper.keep()
+        with self._jobs.change(job):
+            job.trained_s += time.time() - began
+        status = started.popen.returncode
+        if ending is None and job.spot and status in _TERMINATED:
+            return None
+        if ending is None and status:
+            raise JobFailure(_failure_reason(folder, status))
         return ending or ("Completed", "Completed")
 
     def _environment(self, job: Job, folder: Path) -> Mapping[str, str]:
@@ -436,6 +502,35 @@ class Service:
         return f"s3://{bucket}/{key}"
 
 
+class _Checkpoints:
+    """Copies what changes in a job's folder of checkpoints to S3, as SageMaker does; without an address it does nothing."""
+
+    def __init__(self, s3: Any, uri: str | None, folder: Path) -> None:
+        self._s3, self._uri, self._folder = s3, uri, folder
+        self._kept: dict[Path, tuple[int, int]] = {}
+        self._due = time.monotonic() + _SYNC_S
+
+    def keep_sometimes(self) -> None:
+        if time.monotonic() > self._due:
+            self.keep()
+            self._due = time.monotonic() + _SYNC_S
+
+    def keep(self) -> None:
+        """What cannot be copied now is copied with the next round: a checkpoint is no reason to fail a job."""
+        if self._uri is None:
+            return
+        bucket, prefix = _bucket_and_key(self._uri)
+        for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
+            try:
+                found = path.stat()
+                state = found.st_mtime_ns, found.st_size
+                if self._kept.get(path) != state:
+                    self._s3.upload_file(str(path), bucket, prefix + path.relative_to(self._folder).as_posix())
+                    self._kept[path] = state
+            except (OSError, BotoCoreError, ClientError, Boto3Error) as error:
+                log.warning("the checkpoint %s is not kept: %s", path, error)
+
+
 def _state(job: Job) -> dict[str, Any]:
     """What both a description and an event say about where a job stands."""
     return {
@@ -464,6 +559,12 @@ def _failure_reason(folder: Path, status: int) -> str:
     except OSError:
         text = ""
     return f"AlgorithmError: {text or f'exit code {status}'}"
+
+
+def _objects(s3: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
+    """Everything under a prefix but folders' markers."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [entry for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
@@ -546,6 +647,8 @@ def _training_job_problems(request: dict[str, Any]) -> Iterator[str]:
             yield "MaxWaitTimeInSeconds must be at least MaxRuntimeInSeconds when spot training is enabled"
     elif "MaxWaitTimeInSeconds" in stopping:
         yield "MaxWaitTimeInSeconds is for spot training, which is not enabled"
+    if request.get("CheckpointConfig", {}).get("LocalPath", _CHECKPOINTS) != _CHECKPOINTS:
+        yield f"CheckpointConfig.LocalPath: this stand-in knows {_CHECKPOINTS} alone"
     names = [channel["ChannelName"] for channel in request.get("InputDataConfig", [])]
     if len(set(names)) < len(names):
         yield "channel names must be unique"

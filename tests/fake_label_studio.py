@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labelloop.errors import LabelStudioError
+from labelloop.label_studio.client import Webhook
 from labelloop.label_studio.payloads import AnnotatedTask
 
 
@@ -17,6 +18,7 @@ class FakeLabelStudio:
     annotated: list[AnnotatedTask] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
     backends_: list[dict[str, Any]] = field(default_factory=list)
+    webhooks_: dict[int, Webhook] = field(default_factory=dict)
     down: set[str] = field(default_factory=set)
     dies_after: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
@@ -54,6 +56,14 @@ class FakeLabelStudio:
     def backends(self, project: int) -> list[dict[str, Any]]:
         self._begin("backends")
         return [dict(backend) for backend in self.backends_]
+
+    def webhooks(self, project: int) -> list[Webhook]:
+        self._begin("webhooks")
+        return list(self.webhooks_.values())
+
+    def switch_on(self, webhook: Webhook) -> None:
+        self._begin("switch_on")
+        self.webhooks_[webhook.id] = replace(webhook, is_active=True)
 
     def rename_backend(self, backend: dict[str, Any], title: str, password: str) -> None:
         self._begin("rename_backend")

@@ -23,11 +23,13 @@ from training_jobs.job import TrainingJob
 
 log = logging.getLogger(__name__)
 
-# MLflow's own waits add up to a quarter of an hour before it gives a dead server up.
+# Enough for a server to be started again: what was trained so far would be lost with the job. MLflow's own waits add up to a
+# quarter of an hour before it gives a dead one up.
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",  # after 2, 4, … 120 seconds, each up to a second more: some four minutes in all
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 

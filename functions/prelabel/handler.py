@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import boto3
 import msgspec
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from labelloop import aws
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
@@ -21,10 +21,12 @@ from labelloop.predict import TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabeller
 from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.records import TaskRange
+from labelloop.redelivery import Redelivery
 from labelloop.settings import Settings
 
 logger = Logger()
 processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
+redelivery = Redelivery(log=logger.warning)
 
 
 @cache
@@ -38,7 +40,7 @@ def prelabeller() -> Prelabeller:
 
 @cache
 def queue() -> PrelabelQueue:
-    return PrelabelQueue(Settings().prelabel_queue, boto3.client("sqs"))
+    return PrelabelQueue(Settings().prelabel_queue, aws.client("sqs"))
 
 
 def prelabel(record: SQSRecord) -> None:
@@ -55,4 +57,5 @@ def prelabel(record: SQSRecord) -> None:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
-    return process_partial_response(event, prelabel, processor, context)
+    answer = process_partial_response(event, prelabel, processor, context)
+    return redelivery(event, dict(answer), TaskRange)

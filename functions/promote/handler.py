@@ -5,30 +5,32 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import boto3
 import msgspec
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from labelloop import aws
 from labelloop.announcements import announce
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
+from labelloop.redelivery import Redelivery
 from labelloop.registry import Registry
 from labelloop.settings import Settings
 
 logger = Logger()
 processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
+redelivery = Redelivery(log=logger.warning)
 
 
 @cache
 def promoter() -> Promoter:
     settings = Settings()
-    events = boto3.client("events")
+    events = aws.client("events")
 
     def tell(promotion: Promotion) -> None:
         announce(events, settings.event_bus, "ModelPromoted" if promotion.verdict == "promote" else "ModelKept", promotion)
@@ -53,4 +55,5 @@ def decide(record: SQSRecord) -> None:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
-    return process_partial_response(event, decide, processor, context)
+    answer = process_partial_response(event, decide, processor, context)
+    return redelivery(event, dict(answer), PromoteSignal)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import Any
 
-import boto3
 import msgspec
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from labelloop import aws
 from labelloop.artifacts import Bucket, Champions
 from labelloop.credentials import backend_password
 from labelloop.errors import LabelloopError
@@ -20,11 +20,13 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
 from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.records import VersionJudged
+from labelloop.redelivery import Redelivery
 from labelloop.refresh import Refresher
 from labelloop.settings import Settings
 
 logger = Logger()
 processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
+redelivery = Redelivery(log=logger.warning)
 
 
 @cache
@@ -35,7 +37,7 @@ def refresher() -> Refresher:
         Champions(Bucket(settings.artifacts_bucket)),
         Ledger(settings.ledger_table),
         connect(settings),
-        PrelabelQueue(settings.prelabel_queue, boto3.client("sqs")),
+        PrelabelQueue(settings.prelabel_queue, aws.client("sqs")),
         partial(backend_password, settings),
     )
 
@@ -52,4 +54,5 @@ def take(record: SQSRecord) -> None:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
-    return process_partial_response(event, take, processor, context)
+    answer = process_partial_response(event, take, processor, context)
+    return redelivery(event, dict(answer), VersionJudged)

@@ -7,12 +7,12 @@ from collections import defaultdict
 from functools import cache
 from typing import Any
 
-import boto3
 import msgspec
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from botocore.exceptions import BotoCoreError, ClientError
 
+from labelloop import aws
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError, NotSetUpError, ServiceError
 from labelloop.label_studio.access import connect
@@ -20,16 +20,19 @@ from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
 from labelloop.records import TrainingSignal
-from labelloop.retrain import ASKED, Reconciler
+from labelloop.redelivery import Redelivery
+from labelloop.retrain import ASKED, SCHEDULE, Reconciler
 from labelloop.settings import Settings
+from labelloop.watchdog import Watchdog
 
 logger = Logger()
+redelivery = Redelivery(log=logger.warning)
 
 
 @cache
 def reconciler() -> Reconciler:
     settings = Settings()
-    sqs = boto3.client("sqs")
+    sqs = aws.client("sqs")
 
     def recall_promotion(model: str, job_name: str) -> None:
         body = json.dumps({"model": model, "job_name": job_name})
@@ -47,6 +50,12 @@ def reconciler() -> Reconciler:
         Launcher(settings),
         recall_promotion,
     )
+
+
+@cache
+def watchdog() -> Watchdog:
+    settings = Settings()
+    return Watchdog(Ledger(settings.ledger_table), connect(settings))
 
 
 @logger.inject_lambda_context
@@ -67,9 +76,23 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             outcome = reconciler().reconcile(model, asked=any(action == ASKED for _, action in signals))
         except NotSetUpError as error:  # asking again helps nobody: the schedule looks once it is set up
             logger.warning("not set up", model=model, reason=str(error))
-        except LabelloopError as error:
-            logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
+        except Exception as error:  # also one that nobody foresaw: the other models' messages are done with
+            foreseen = isinstance(error, LabelloopError)
+            logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__, exc_info=not foreseen)
             failed.update(message for message, _ in signals)
         else:
             logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
-    return {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
+            if any(action == SCHEDULE for _, action in signals):
+                _watch(model)
+    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
+    return redelivery(event, answer, TrainingSignal)
+
+
+def _watch(model: str) -> None:
+    """What fails here is looked at with the next schedule."""
+    try:
+        finding = watchdog()(model)
+    except LabelloopError as error:
+        finding = str(error)
+    if finding:
+        logger.warning("webhook", model=model, reason=finding)

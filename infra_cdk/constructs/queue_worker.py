@@ -1,4 +1,4 @@
-"""A queue, its dead-letter queue with an alarm, and the function that works it off."""
+"""A queue, its dead-letter queue, their alarms, and the function that works it off."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from aws_cdk import aws_lambda_event_sources as event_sources
 from aws_cdk import aws_sqs as sqs
 from constructs import Construct
 
-_MAX_RECEIVES = 5
+# With the pauses that functions make (`labelloop.redelivery`) a message outlives an outage of some four hours.
+_MAX_RECEIVES = 20
+_OLD = cdk.Duration.hours(1)
 
 
 class QueueWorker(Construct):
-    """`function` gets batches and answers which messages failed; after five receives a message moves to `dead_letters`."""
+    """`function` gets batches and answers which messages failed; after twenty receives one moves to `dead_letters`."""
 
     def __init__(
         self,
@@ -43,14 +45,26 @@ class QueueWorker(Construct):
             visibility_timeout=cdk.Duration.seconds(6 * timeout.to_seconds()),  # what Lambda asks for
             dead_letter_queue=sqs.DeadLetterQueue(queue=self.dead_letters, max_receive_count=_MAX_RECEIVES),
         )
+        self._alarm(
+            "Alarm",
+            f"messages that {id} gave up on lie in its dead-letter queue",
+            self.dead_letters.metric_approximate_number_of_messages_visible(period=cdk.Duration.minutes(5), statistic="Maximum"),
+            threshold=1,
+        )
+        self._alarm(
+            "OldAlarm",
+            f"{id} has been failing for an hour: its log says what it waits for",
+            self.queue.metric_approximate_age_of_oldest_message(period=cdk.Duration.minutes(5), statistic="Maximum"),
+            threshold=_OLD.to_seconds(),
+        )
+
+    def _alarm(self, id: str, description: str, metric: cloudwatch.Metric, *, threshold: float) -> None:
         cloudwatch.Alarm(
             self,
-            "Alarm",
-            alarm_description=f"messages that {id} gave up on lie in its dead-letter queue",
-            metric=self.dead_letters.metric_approximate_number_of_messages_visible(
-                period=cdk.Duration.minutes(5), statistic="Maximum"
-            ),
-            threshold=1,
+            id,
+            alarm_description=description,
+            metric=metric,
+            threshold=threshold,
             evaluation_periods=1,
             comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
             treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,

@@ -58,9 +58,13 @@ class Reconciler:
         return Outcome(None, "nothing to do")
 
 
-def retrain(monkeypatch: pytest.MonkeyPatch, reconciler: Reconciler, *bodies: Any) -> list[str]:
+def retrain(
+    monkeypatch: pytest.MonkeyPatch, reconciler: Reconciler, *bodies: Any, watchdog: Callable[[str], str | None] = lambda _: None
+) -> list[str]:
     handler = examples.load_handler("retrain")
     monkeypatch.setattr(handler, "reconciler", lambda: reconciler)
+    monkeypatch.setattr(handler, "watchdog", lambda: watchdog)
+    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
     return failures(handler.handler(sqs_event(*bodies), LambdaContext()))
 
 
@@ -86,10 +90,29 @@ def test_the_schedule_looks_at_every_model(monkeypatch: pytest.MonkeyPatch) -> N
     assert [model for model, _ in reconciler.asked] == examples.CONFIGS.names
 
 
+def test_the_schedule_and_nothing_else_looks_at_the_webhooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[str] = []
+
+    def watchdog(model: str) -> None:
+        watched.append(model)
+        raise LabelStudioError("it does not answer")
+
+    assert retrain(monkeypatch, Reconciler(), signal("digits"), watchdog=watchdog) == []
+    assert watched == []
+    assert retrain(monkeypatch, Reconciler(), {"action": "SCHEDULE"}, watchdog=watchdog) == [], "the next schedule looks again"
+    assert watched == examples.CONFIGS.names
+
+
 def test_only_the_messages_of_the_model_that_failed_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     reconciler = Reconciler(faces=LabelStudioError("down"))
     assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces"), signal("faces")) == ["m1", "m2"]
     assert len(reconciler.asked) == 2
+
+
+def test_an_error_that_nobody_foresaw_takes_no_other_models_messages_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler(digits=ZeroDivisionError())
+    assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces")) == ["m0"]
+    assert [model for model, _ in reconciler.asked] == ["digits", "faces"]
 
 
 @pytest.mark.parametrize("body", ["no json", "[]", "{}", '{"action": null}', '{"model": 3, "action": "x"}', ""])

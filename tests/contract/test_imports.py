@@ -143,6 +143,21 @@ def test_settings_does_read_it() -> None:
     ) == [2, 3]
 
 
+@pytest.mark.parametrize(
+    "file",
+    [file for file in sources(LIBRARY, "functions") if file != FUNCTIONS["ingest"]],
+    ids=lambda file: str(file.relative_to(REPOSITORY)),
+)
+def test_every_client_of_aws_has_limits_of_ours(file: Path) -> None:
+    """boto3's own are a minute for each of five attempts: longer than a function may run."""
+    clients = [
+        node
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("boto3.client", "boto3.resource", "untyped.client")
+    ]
+    assert all("config" in {keyword.arg for keyword in client.keywords} for client in clients)
+
+
 @pytest.mark.parametrize("part", ["functions", "training_jobs", "infra_cdk", "cli", "local"])
 def test_the_parts_stand_side_by_side(part: str) -> None:
     """Only the command line drives others: the laptop, a stage's settings, the networks that it checks and scores."""

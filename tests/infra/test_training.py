@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from labelloop.redelivery import delay
 from tests.infra.templates import Resource, Template, Templates, flat
 
 WORKERS = {
@@ -44,13 +45,22 @@ def test_a_message_that_fails_for_good_is_kept_and_rings(either: Templates, work
     training = either.training
     _, queue = queue_of(training, worker)
     redrive = queue["Properties"]["RedrivePolicy"]
-    assert redrive["maxReceiveCount"] == 5
+    assert redrive["maxReceiveCount"] == 20
+    assert sum(map(delay, range(1, redrive["maxReceiveCount"]))) > 3 * 3600, "it outlives an outage of hours"
     dead_letters = redrive["deadLetterTargetArn"]["Fn::GetAtt"][0]
     assert training.resources[dead_letters]["Properties"]["MessageRetentionPeriod"] == 14 * 24 * 3600
     dimension = {"Name": "QueueName", "Value": {"Fn::GetAtt": [dead_letters, "QueueName"]}}
     alarm = training.only("CloudWatch::Alarm", Dimensions=[dimension])["Properties"]
     assert alarm["MetricName"] == "ApproximateNumberOfMessagesVisible"
     assert (alarm["Threshold"], alarm["ComparisonOperator"]) == (1, "GreaterThanOrEqualToThreshold")
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_message_that_waits_for_an_hour_rings(either: Templates, worker: str) -> None:
+    name, _ = queue_of(either.training, worker)
+    dimension = {"Name": "QueueName", "Value": {"Fn::GetAtt": [name, "QueueName"]}}
+    alarm = either.training.only("CloudWatch::Alarm", Dimensions=[dimension])["Properties"]
+    assert (alarm["MetricName"], alarm["Threshold"]) == ("ApproximateAgeOfOldestMessage", 3600)
 
 
 @pytest.mark.parametrize("worker", WORKERS)

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from labelloop.errors import LabelStudioError
-from labelloop.label_studio.client import KnownTask, LabelStudioClient, StoredPrediction
+from labelloop.label_studio.client import KnownTask, LabelStudioClient, StoredPrediction, Webhook
 from labelloop.label_studio.payloads import Prediction
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
@@ -396,3 +396,14 @@ def test_tabs_are_known_by_their_titles(server: RecordingServer, client: LabelSt
     assert client.tabs(4) == {"Default": 1, "": 2}
     client.add_tab(4, {"title": "Queue"})
     assert server.requests[1].json == {"project": 4, "data": {"title": "Queue"}}
+
+
+def test_a_webhook_is_switched_on_with_the_actions_that_it_has(server: RecordingServer, client: LabelStudioClient) -> None:
+    """Label Studio clears the actions of a webhook that is changed without them."""
+    hook = {"id": 3, "url": "http://api/digits/webhook", "is_active": False, "actions": ["ANNOTATION_CREATED"], "headers": {}}
+    server.answer = lambda request: Answer(body=[hook] if request.method == "GET" else {})
+    (found,) = client.webhooks(4)
+    assert found == Webhook(3, "http://api/digits/webhook", is_active=False, actions=["ANNOTATION_CREATED"])
+    client.switch_on(found)
+    assert server.paths == ["GET /api/webhooks/?project=4", "PATCH /api/webhooks/3/"]
+    assert server.requests[1].json == {"is_active": True, "actions": ["ANNOTATION_CREATED"]}

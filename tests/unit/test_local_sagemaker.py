@@ -290,6 +290,77 @@ def test_a_job_that_runs_too_long_is_stopped(standin: StandIn) -> None:
     assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxRuntimeExceeded")
 
 
+# Counts the machines that it has been on, and ends on the third.
+COUNT_MACHINES = """
+import pathlib, time
+top = pathlib.Path("/opt/ml")
+kept, done = top / "checkpoints/n", top / "model/half"
+n = kept.read_text() if kept.exists() else ""
+kept.write_text(n + "x")
+done.write_text(f"{n} {done.exists()}")
+time.sleep(0 if n == "xx" else 600)
+"""
+
+
+def spot(name: str, *, seconds: int = 300) -> dict[str, Any]:
+    """What makes a request one for spot training with checkpoints."""
+    return {
+        "EnableManagedSpotTraining": True,
+        "StoppingCondition": {"MaxRuntimeInSeconds": seconds, "MaxWaitTimeInSeconds": seconds},
+        "CheckpointConfig": {"S3Uri": f"s3://{BUCKET}/checkpoints/{name}"},
+    }
+
+
+def take_machine_away(standin: StandIn, name: str) -> None:
+    record = json.loads((standin.home / "jobs" / f"{name}.json").read_text())["process"]
+    psutil.Process(record["pid"]).terminate()
+
+
+def checkpoint(standin: StandIn, name: str) -> str:
+    """What lies in S3 of the job's checkpoint."""
+    s3 = standin.s3
+    try:
+        answer = s3.get_object(Bucket=BUCKET, Key=f"checkpoints/{name}/n")
+    except s3.exceptions.NoSuchKey:
+        return ""
+    return str(answer["Body"].read().decode())
+
+
+def test_a_spot_job_whose_machine_is_taken_away_goes_on_from_its_checkpoint_on_a_fresh_one(standin: StandIn) -> None:
+    standin.create("spot", COUNT_MACHINES, **spot("spot"))
+    for machines in ("x", "xx"):
+        standin.wait("spot", lambda _, machines=machines: checkpoint(standin, "spot") == machines)  # type: ignore[misc]
+        take_machine_away(standin, "spot")
+    job = standin.wait("spot")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Completed", "Completed"), job
+    assert checkpoint(standin, "spot") == "xxx"
+    assert model_of(standin, job)["half"] == b"xx False", "nothing of the lost machines is left but the checkpoints"
+    statuses = [entry["Status"] for entry in job["SecondaryStatusTransitions"]]
+    machine = ["Starting", "Downloading", "Training"]
+    assert statuses == [*machine, "Interrupted", *machine, "Interrupted", *machine, "Uploading", "Completed"]
+    assert standin.event("spot")["detail"]["TrainingJobStatus"] == "Completed", "one event, of the end"
+
+
+def test_without_spot_nobody_starts_a_terminated_job_again(standin: StandIn) -> None:
+    standin.create("on-demand", SAVE_AND_WAIT)
+    standin.wait("on-demand", lambda _: is_saved(standin, "on-demand"))
+    take_machine_away(standin, "on-demand")
+    assert standin.wait("on-demand")["FailureReason"] == "AlgorithmError: exit code -15"
+
+
+def test_a_spot_job_that_was_asked_to_stop_is_not_started_again(standin: StandIn) -> None:
+    standin.create("spot-stopped", COUNT_MACHINES, **spot("spot-stopped"))
+    standin.wait("spot-stopped", lambda _: is_saved(standin, "spot-stopped"))
+    standin.client.stop_training_job(TrainingJobName="spot-stopped")
+    assert standin.wait("spot-stopped")["TrainingJobStatus"] == "Stopped"
+
+
+def test_a_spot_job_gets_no_more_time_than_was_asked_for(standin: StandIn) -> None:
+    standin.create("patient", COUNT_MACHINES, **spot("patient", seconds=2))
+    job = standin.wait("patient")
+    assert (job["TrainingJobStatus"], job["SecondaryStatus"]) == ("Stopped", "MaxWaitTimeExceeded")
+
+
 def test_a_name_is_taken_for_ever(standin: StandIn) -> None:
     standin.create("once", "pass")
     standin.wait("once")
@@ -316,6 +387,7 @@ def test_an_unknown_job_is_a_validation_error(standin: StandIn) -> None:
         ({"AlgorithmSpecification": {"TrainingImage": "any", "TrainingInputMode": "File"}}, "ContainerEntrypoint"),
         ({"StoppingCondition": {}}, "MaxRuntimeInSeconds is required"),
         ({"EnableManagedSpotTraining": True}, "MaxWaitTimeInSeconds"),
+        ({"CheckpointConfig": {"S3Uri": "s3://b/c", "LocalPath": "/opt/ml/elsewhere"}}, "LocalPath"),
         ({"InputDataConfig": [channel("a", "s3://b/c"), channel("a", "s3://b/d")]}, "unique"),
         ({"InputDataConfig": [channel("a", "s3://b/c", InputMode="Pipe")]}, "File and FastFile"),
         ({"ResourceConfig": {"InstanceType": "ml.fast", "InstanceCount": 1, "VolumeSizeInGB": 1}}, "must be one of"),

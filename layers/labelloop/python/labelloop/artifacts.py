@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from datetime import datetime
-from typing import Any, NamedTuple
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import obstore
@@ -19,7 +19,15 @@ from labelloop.errors import ConflictError, ModelError, StorageError
 from labelloop.records import Champion, Evaluation
 from labelloop.settings import Settings
 
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig
+
 _MAX_OBJECT_BYTES = 2 * 2**30
+_RETRIES: RetryConfig = {  # each wait is drawn at random; none begins later than `retry_timeout` after the request
+    "max_retries": 3,
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
+    "retry_timeout": timedelta(seconds=30),
+}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _OBSTORE_ERRORS = (obstore.exceptions.BaseError, ValueError)  # ValueError: a key that it does not take
 
@@ -85,12 +93,13 @@ class Bucket:
     def __init__(self, name: str, *, settings: Settings | None = None, credential_provider: Any = None) -> None:
         self.name = name
         endpoint = (settings or Settings()).endpoint_url
-        local: dict[str, Any] = {"endpoint": endpoint, "client_options": {"allow_http": True}} if endpoint else {}
+        local: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
         self._store = S3Store(
             name,
             credential_provider=credential_provider,
-            retry_config={"max_retries": 3},
-            **({**local, "client_options": {**local.get("client_options", {}), "timeout": "20s", "connect_timeout": "3s"}}),
+            retry_config=_RETRIES,
+            client_options={"timeout": "20s", "connect_timeout": "3s", "allow_http": bool(endpoint)},
+            **local,
         )
 
     def get(self, key: str) -> bytes | None:

@@ -8,17 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from labelloop import artifacts
+from labelloop import artifacts, aws
 from labelloop.errors import TrainingServiceError
 from labelloop.model_config import ModelConfig
 from labelloop.records import Champion, Job
 from labelloop.settings import Settings
-
-_CONFIG = Config(connect_timeout=3, read_timeout=20, retries={"mode": "standard", "max_attempts": 3})
 
 # What the container runs: its own copy of the code, and what the image lacks of the requirements.
 # SageMaker takes one line of at most 256 characters.
@@ -61,7 +57,7 @@ class Launcher:
 
     def __init__(self, settings: Settings, client: Any = None) -> None:
         self._settings = settings
-        self._client = client or boto3.client("sagemaker", config=_CONFIG)
+        self._client = client or aws.client("sagemaker", read_timeout=20)
 
     def start(self, config: ModelConfig, job: Job, champion: Champion | None) -> None:
         """Start a job; that it was started already is fine."""

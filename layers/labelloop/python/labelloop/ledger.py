@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import boto3
 import msgspec
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from labelloop import aws
 from labelloop.errors import ConflictError, NotSetUpError, StorageError
 from labelloop.records import Audit, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
 
-_CONFIG = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "max_attempts": 4})
 _LEASE_SECONDS = 90  # longer than ingest may run
 _BATCH = 25  # DynamoDB's limit of a BatchWriteItem
 _LAST_ENTRY = 10**10 - 1  # of a log whose numbers have ten digits
@@ -41,7 +39,7 @@ class Ledger:
 
     def __init__(self, table: str, client: Any = None) -> None:
         self._table = table
-        self._client = client or boto3.client("dynamodb", config=_CONFIG)
+        self._client = client or aws.client("dynamodb")
 
     # Label Studio's project
 

@@ -27,6 +27,7 @@ from labelloop.records import Failure, Head, Job, Snapshot, Trained, Training, T
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
 _TRIES = 5  # of a look that another one got ahead of
 ASKED = "START_TRAINING"  # Label Studio's button
+SCHEDULE = "SCHEDULE"
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
-from aws_lambda_powertools.utilities import parameters
+from aws_lambda_powertools.utilities.parameters import SecretsProvider
 from aws_lambda_powertools.utilities.parameters.exceptions import GetParameterError
 
+from labelloop import aws
 from labelloop.errors import LabelStudioError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.settings import Settings
@@ -18,10 +20,15 @@ def connect(settings: Settings) -> LabelStudioClient:
     """A client for the stage's Label Studio. Raises `LabelStudioError` when there is no token to use."""
     name = settings.label_studio_secret
     try:
-        secret = json.loads(parameters.get_secret(name, max_age=_TOKEN_SECONDS))
+        secret = json.loads(str(_secrets().get(name, max_age=_TOKEN_SECONDS)))
         token = str(secret["token"])
     except (GetParameterError, ValueError, KeyError, TypeError) as error:
         raise LabelStudioError(f'the secret {name} does not hold {{"token": …}}: {type(error).__name__}') from error
     if not token:
         raise LabelStudioError(f"the secret {name} holds no token yet")
     return LabelStudioClient(settings.label_studio_url, token)
+
+
+@cache
+def _secrets() -> SecretsProvider:
+    return SecretsProvider(boto_config=aws.options())

@@ -58,6 +58,16 @@ class KnownTask:
 
 
 @dataclass(frozen=True)
+class Webhook:
+    """A webhook as Label Studio keeps it."""
+
+    id: int
+    url: str
+    is_active: bool
+    actions: list[str]
+
+
+@dataclass(frozen=True)
 class StoredPrediction:
     """A prediction as Label Studio keeps it. `made_by` is a version string where the loop made it."""
 
@@ -266,6 +276,14 @@ class LabelStudioClient:
         """
         change = {name: backend[name] for name in ("project", "url", "auth_method", "basic_auth_user")}
         self._json("PATCH", f"/api/ml/{backend['id']}", {**change, "basic_auth_pass": password, "title": title})
+
+    def webhooks(self, project: int) -> list[Webhook]:
+        answer = self._json("GET", f"/api/webhooks/?project={project}")
+        return [Webhook(int(hook["id"]), str(hook["url"]), bool(hook["is_active"]), list(hook["actions"])) for hook in answer]
+
+    def switch_on(self, webhook: Webhook) -> None:
+        """Let a webhook be sent again. Its actions come along: a change without them clears them."""
+        self._json("PATCH", f"/api/webhooks/{webhook.id}/", {"is_active": True, "actions": webhook.actions})
 
     def signed_in_as(self) -> str:
         """The e-mail address of the token's owner."""

@@ -1,0 +1,23 @@
+"""boto3's clients of AWS, with timeouts and retries that leave a function time to say what failed.
+
+Retries wait longer and longer, at random (botocore's mode `standard`). What is repeated may have been done already, so every
+caller's request is one that can be done twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boto3
+from botocore.config import Config
+
+
+def options(*, read_timeout: float = 10.0) -> Config:
+    """What every client is made with; seconds."""
+    return Config(connect_timeout=3, read_timeout=read_timeout, retries={"mode": "standard", "total_max_attempts": 4})
+
+
+def client(service: str, *, read_timeout: float = 10.0) -> Any:
+    """A client of one service of the environment's account and region."""
+    untyped: Any = boto3
+    return untyped.client(service, config=options(read_timeout=read_timeout))
