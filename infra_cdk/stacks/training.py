@@ -128,7 +128,7 @@ class TrainingStack(cdk.Stack):
         )
         allow_reading_objects(role, self._state.artifacts, "training/", "champions/")
         allow_writing_objects(role, self._state.artifacts, "models/", "champions/")
-        allow_ledger(role, self._state.ledger, "GetItem", "PutItem")
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")
         allow(role, "events:PutEvents", on=self._state.event_bus.event_bus_arn)
         if self._state.mlflow_app:
             allow_calling_mlflow(role, self._state.mlflow_app)

@@ -58,7 +58,7 @@ FUNCTIONS = {
         "s3:ListBucket Artifacts",
         "s3:PutObject Artifacts models/*",
         "s3:PutObject Artifacts champions/*",
-        "dynamodb GetItem PutItem",
+        "dynamodb GetItem PutItem Query",
         "events:PutEvents",
         "sagemaker:CallMlflowAppApi",
     },
