@@ -370,6 +370,27 @@ def promote(
     _say_takeover(done, as_json=as_json)
 
 
+@app.command()
+def rotate_secrets(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJson = False) -> None:
+    """Give a model's backend a new password, in Secrets Manager and in Label Studio, while annotators go on.
+
+    Both passwords are valid until Label Studio has the new one. Then the old one ends, API Gateway is made to forget it, and
+    both are tried at the API. It takes about half a minute; where it was interrupted, run it again: it goes on where it stopped.
+    """
+    from cli import rotation
+
+    heard = problems if as_json else console
+    done = rotation.rotate(
+        Deployment.find(stage, home),
+        ModelConfigs.find()[model],
+        lambda step: heard.print(step, highlight=False, soft_wrap=True, markup=False),
+    )
+    if as_json:
+        print(msgspec.json.encode(done).decode())
+    else:
+        rotation.show(done, console)
+
+
 def main() -> NoReturn:
     """Run the command; every error of labelloop's own becomes a message and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
