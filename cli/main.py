@@ -391,6 +391,43 @@ def rotate_secrets(model: Model, stage: Stage = "local", home: Home = None, as_j
         rotation.show(done, console)
 
 
+@app.command()
+def redrive(
+    model: Annotated[
+        str | None, typer.Argument(help="Only messages about this model, and those about all.", show_default="all of them")
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option(help="Only this one: ingest, retrain, promote, refresh or prelabel.", show_default="all of them")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only show what lies there; it stays there.")] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put messages that failed five times back into their queues, once what they failed at is mended.
+
+    They lie in the dead-letter queues for two weeks, and an alarm says so. --list shows them: which queue, how many, how old,
+    what they say; the function's log says why they failed. Nothing is lost when this is interrupted: run it again. A message
+    that fails five times more comes back.
+    """
+    from cli import redrive as dead_letters
+
+    if model is not None:
+        ModelConfigs.find()[model]
+    try:
+        queues = [dead_letters.parse_queue(queue)] if queue else list(dead_letters.QUEUES)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--queue") from None
+    act = dead_letters.look if list_ else dead_letters.redrive
+    found = act(Deployment.find(stage, home), queues, model)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode({"queues": found})).decode())
+    elif list_:
+        dead_letters.show_list(found, console)
+    else:
+        dead_letters.show_moved(found, console)
+
+
 def main() -> NoReturn:
     """Run the command; every error of labelloop's own becomes a message and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)

@@ -23,6 +23,9 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
         (["rollback", "digits"], 2, "labelloop up"),
         (["promote", "digits", "2"], 2, "Missing option '--reason'"),
         (["rotate-secrets", "digits"], 2, "labelloop up"),
+        (["redrive"], 2, "labelloop up"),
+        (["redrive", "no-such-model"], 2, "no-such-model"),
+        (["redrive", "--queue", "nope"], 2, "there are: ingest, retrain"),
         (["demo", "--annotations", "5,3"], 2, "must rise"),
         (["demo", "--annotations", "many"], 2, "numbers with commas"),
         (["demo", "--report", "/nowhere/at/all.json"], 2, "there is no folder"),
@@ -40,7 +43,7 @@ def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int
 def test_every_command_explains_itself(tmp_path: Path) -> None:
     assert labelloop("--help", folder=tmp_path).returncode == 0
     laptop, model = ("demo", "up", "down", "status", "lineage"), ("create-new-model", "check", "config-schema")
-    operations = ("rollback", "promote", "rotate-secrets")
+    operations = ("rollback", "promote", "rotate-secrets", "redrive")
     for command in (*laptop, *model, "setup-label-studio-project", "upload-images", *operations):
         done = labelloop(command, "--help", folder=tmp_path)
         assert done.returncode == 0, command
