@@ -392,6 +392,44 @@ def rotate_secrets(model: Model, stage: Stage = "local", home: Home = None, as_j
 
 
 @app.command()
+def erase(
+    model: Model,
+    image: Annotated[
+        list[str],
+        typer.Option(help="The image: its s3:// address, its name below the model's prefix, or its SHA-256; may be given again."),
+    ],
+    reason: Annotated[str, typer.Option(help="Why, and who asked for it; kept in the ledger.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase an image everywhere it lives, for good, and say which versions have learnt from it.
+
+    All versions in S3, under every name that has the same content, and all that ever lay under the given name; the task with its
+    annotations and predictions; what the ledger, dataset snapshots, reports and MLflow say of it. A record stays, with the
+    image's hash, the time, who and why. Versions that were trained on it are not changed. Where it was interrupted, run it
+    again: it finishes. Not while a training runs, which would write the image down once more.
+    """
+    from cli import erasure
+
+    if as_json and not yes:
+        raise typer.BadParameter("nobody can be asked with --json; add --yes", param_hint="--yes")
+    eraser = erasure.Eraser(Deployment.find(stage, home), ModelConfigs.find()[model])
+    plan = eraser.plan(image)
+    if not as_json:
+        erasure.show_plan(plan, console)
+    if (plan.images or plan.unfinished) and not yes and not _confirmed("Erase this for good?"):
+        console.print("nothing was erased")
+        raise typer.Exit(2)
+    done = eraser.erase(plan, erasure.caller(), reason)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(done)).decode())
+    else:
+        erasure.show(done, console)
+
+
+@app.command()
 def redrive(
     model: Annotated[
         str | None, typer.Argument(help="Only messages about this model, and those about all.", show_default="all of them")
@@ -452,6 +490,14 @@ def _until_interrupted() -> None:
             signal.pause()
     except KeyboardInterrupt:
         console.print()
+
+
+def _confirmed(question: str) -> bool:
+    """Whether somebody says yes. Without anybody there to ask, it is a no."""
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        return False
 
 
 def _say_takeover(outcome: Outcome, *, as_json: bool) -> None:

@@ -254,6 +254,14 @@ class LabelStudioClient:
             self._json("POST", f"/api/projects/{project}/import/predictions", brought)
         return ids
 
+    def delete_task(self, task: int) -> None:
+        """Delete a task with its annotations, drafts and predictions. One that is gone is no error."""
+        try:
+            self._request("DELETE", f"/api/tasks/{task}/")
+        except LabelStudioError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+
     def backends(self, project: int) -> list[dict[str, Any]]:
         """The ML backends connected to a project. Label Studio checks each one's health meanwhile."""
         answer = self._json("GET", f"/api/ml?project={project}")
