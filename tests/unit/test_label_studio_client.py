@@ -396,3 +396,29 @@ def test_tabs_are_known_by_their_titles(server: RecordingServer, client: LabelSt
     assert client.tabs(4) == {"Default": 1, "": 2}
     client.add_tab(4, {"title": "Queue"})
     assert server.requests[1].json == {"project": 4, "data": {"title": "Queue"}}
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "fails"),
+    [
+        ([204], 1, False),
+        ([404], 1, False),
+        ([500, 500, 204], 3, False),
+        ([500, 404], 2, False),
+        ([500] * 5, 5, True),
+        ([403], 1, True),
+    ],
+)
+def test_a_task_is_deleted_though_the_database_is_locked(
+    answers: list[int], asked: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labelloop.label_studio.client._LOCKED_SECONDS", (0, 0, 0, 0))
+    waiting = iter(answers)
+    with serving(lambda _: Answer(next(waiting), b"")) as server:
+        client = LabelStudioClient(server.url, "0123456789abcdef")
+        if fails:
+            with pytest.raises(LabelStudioError):
+                client.delete_task(5)
+        else:
+            client.delete_task(5)
+        assert server.paths == ["DELETE /api/tasks/5/"] * asked
