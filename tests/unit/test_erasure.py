@@ -136,7 +136,7 @@ class Stage:
         self.mlflow.files |= {
             f"{run}/manifest.jsonl": manifest,
             f"{run}/evaluation.json": msgspec.json.encode(report),
-            f"{run}/evaluation.html": erasure._page(msgspec.json.encode(report)),
+            f"{run}/evaluation.html": b"<p>suspicious: task 424242</p>" if holds else b"<p>nothing is suspicious</p>",
             f"{run}/model.onnx": b"onnx",
         }
         return snapshot.digest
@@ -278,10 +278,10 @@ BREAKS: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("part", "method"), BREAKS)
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("then", ["secret 1.png", "never there.png"])
 def test_an_interrupted_erasure_is_finished_by_the_next(
-    trained: Stage, monkeypatch: pytest.MonkeyPatch, part: str, method: str, after: bool, then: str
+    trained: Stage, monkeypatch: pytest.MonkeyPatch, part: str, method: str, after: bool
 ) -> None:
+    then = "secret 1.png" if after else "never there.png"
     target = getattr(trained, part)
     real = getattr(target, method)
 
@@ -410,7 +410,8 @@ def test_the_report_that_is_left_can_be_read(trained: Stage) -> None:
     assert (onnx, packed.holdout) == (b"onnx", report.holdout)
     kept = msgspec.json.decode(trained.mlflow.files["1/run2/artifacts/evaluation.json"], type=Evaluation)
     assert kept.holdout == report.holdout
-    assert trained.mlflow.files["1/run1/artifacts/evaluation.html"].startswith(b"<!doctype html>")
+    assert trained.mlflow.files["1/run2/artifacts/evaluation.html"].startswith(b"<!doctype html>")
+    assert trained.mlflow.files["1/run1/artifacts/evaluation.html"] == b"<p>nothing is suspicious</p>"
 
 
 # The command
