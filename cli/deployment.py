@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class BackendAccess:
 
     url: str
     user: str
-    password: str
+    password: str = field(repr=False)
 
     @property
     def authorization(self) -> str:
@@ -120,10 +120,14 @@ class Deployment:
     def label_studio(self) -> LabelStudioClient:
         return LabelStudioClient(self.label_studio_url, self.label_studio_token)
 
+    def backend_secret(self, model: str) -> str:
+        """The name of the secret with the credentials of a model's backend."""
+        return f"labelloop/{self.stage}/backend/{model}"
+
     def backend(self, model: str) -> BackendAccess:
         """The backend of a model. On the laptop its address differs from the stack's output, which names AWS."""
         api = self.laptop.api if self.laptop else self.outputs["ApiUrl"].rstrip("/")
-        secret = self._secret(f"labelloop/{self.stage}/backend/{model}")
+        secret = self._secret(self.backend_secret(model))
         return BackendAccess(url=f"{api}/{model}", user=secret["username"], password=secret["password"])
 
     def _secret(self, name: str) -> dict[str, str]:

@@ -67,6 +67,21 @@ def set_up_project(deployment: Deployment, folder: ModelFolder) -> Setup:
         return _SetUp(deployment, folder).run()
 
 
+def give_credentials(deployment: Deployment, folder: ModelFolder) -> int | None:
+    """Let Label Studio sign in with the secret's password of now, to the webhook and to the backend; the project.
+
+    None where there is no project yet. Raises `ConfigError`, `LabelStudioError`.
+    """
+    with label_studio_errors():
+        return _SetUp(deployment, folder).give_credentials()
+
+
+def is_signed_in(deployment: Deployment, folder: ModelFolder, project: int) -> bool:
+    """Whether Label Studio gets into the model's backend, which it tries now. Raises `LabelStudioError`."""
+    with label_studio_errors():
+        return all(backend.state == CONNECTED for backend in ModelProject(deployment, folder).backends(project)[:1])
+
+
 @contextmanager
 def label_studio_errors() -> Iterator[None]:
     """Turn the SDK's errors into `LabelStudioError`."""
@@ -282,6 +297,15 @@ class _SetUp:
             self._deployment.ledger.set_project(self._project.model, self._done.project)
         return self._done
 
+    def give_credentials(self) -> int | None:
+        known = self._project.known()
+        if known is None:
+            return None
+        self._done.project = int(known.id)
+        self._webhook()
+        self._backend(new_password=True)
+        return self._done.project
+
     def _recorded(self) -> int | None:
         try:
             return self._deployment.ledger.project(self._project.model)
@@ -350,7 +374,7 @@ class _SetUp:
                 self._sdk.webhooks.delete(hook.id)
                 self._note(f"removed the webhook {hook.url}")
 
-    def _backend(self) -> None:
+    def _backend(self, *, new_password: bool = False) -> None:
         wanted, project = self._project.wanted_backend(), self._done.project
         password = self._deployment.backend(self._project.model).password
         ours = self._project.backends(project)
@@ -362,8 +386,8 @@ class _SetUp:
             self._note(f"connected the ML backend {wanted['url']}")
             return
         changed = differences(ours[0], wanted)
-        if not changed and ours[0].state != CONNECTED:
-            changed = ["password"]  # Label Studio never shows it; but it has just tried it
+        if not changed and (new_password or ours[0].state != CONNECTED):
+            changed = ["password"]  # Label Studio never shows it; but it has just tried the one it has
         if changed:
             self._sdk.ml.update(ours[0].id, project=project, basic_auth_pass=password, **wanted)
             self._note(f"updated the ML backend {wanted['url']}: {', '.join(changed)}")

@@ -45,7 +45,10 @@ _LISTED = 10  # lines of a long list; --json has the rest
 
 
 class DatasetLineage(msgspec.Struct, kw_only=True):
-    """A dataset snapshot. `annotations` are Label Studio's unique ids, in the manifest's order; `left_out` by reason."""
+    """A dataset snapshot. `annotations` are Label Studio's unique ids, in the manifest's order; `left_out` by reason.
+
+    `erased`: its images that were trained on and erased since; their annotations are not named any more.
+    """
 
     digest: str
     manifest: str
@@ -53,6 +56,7 @@ class DatasetLineage(msgspec.Struct, kw_only=True):
     validation: int
     test: int
     by_model: int
+    erased: int
     left_out: dict[str, int]
     annotations: list[str]
 
@@ -94,11 +98,15 @@ class PredictionLineage(msgspec.Struct, kw_only=True):
 
 
 class Use(msgspec.Struct, kw_only=True):
-    """A version whose snapshot has an image, or a near duplicate of it: in which split, and annotated as what."""
+    """A version whose snapshot has an image, or a near duplicate of it: in which split, and annotated as what.
+
+    `erased_at`: when that image was erased; then nothing is known of its annotation any more.
+    """
 
     version: int
     split: Split
     sha256: str
+    erased_at: str | None
     annotation: str
     task: int
     labels: list[str]
@@ -134,7 +142,8 @@ class Change(msgspec.Struct, kw_only=True):
 class Rebuilt(msgspec.Struct, kw_only=True):
     """A snapshot that was built again from Label Studio as it is now, out of the same annotations.
 
-    `stored`: the digest of the manifest that lies in S3; it differs from `digest` only when somebody overwrote the file.
+    `stored`: the digest of the manifest that lies in S3; it differs from `digest` when images were erased, and `erased` is when
+    that was last, or else when somebody overwrote the file.
     """
 
     version: int
@@ -142,6 +151,7 @@ class Rebuilt(msgspec.Struct, kw_only=True):
     stored: str
     rebuilt: str
     same: bool
+    erased: str | None
     annotations: int
     changes: list[Change]
 
@@ -189,8 +199,9 @@ class Lineage:
                 validation=snapshot.n_validation,
                 test=snapshot.n_test,
                 by_model=sum(row.by_model for row in rows),
+                erased=sum(row.erased_at is not None for row in rows),
                 left_out=snapshot.skipped,
-                annotations=[row.annotation for row in rows],
+                annotations=[row.annotation for row in rows if row.erased_at is None],
             ),
             takeovers=[t for t in self._deployment.ledger.takeovers(self._model) if version in (t.version, t.before)],
         )
@@ -243,27 +254,40 @@ class Lineage:
         Raises `RequestError`, `StorageError` when the manifest is gone, `LabelStudioError`.
         """
         snapshot = self._version(version)[1].job.snapshot
-        before = {row.annotation: row for row in self._rows(snapshot)}
+        rows = self._rows(snapshot)
+        emptied = [row for row in rows if row.erased_at is not None]
+        before = {row.annotation: row for row in rows if row.erased_at is None}
+        stored = hashlib.sha256(self._manifest(snapshot)).hexdigest()
         project = self._deployment.ledger.project(self._model)
         tasks = [_restricted(task, before) for task in self._deployment.label_studio.annotated_tasks(project)]
         tasks = [task for task in tasks if task.annotations]
-        rows, skipped = dataset.rows(tasks, self._folder.config, self._folder.label_config)
-        rebuilt, _ = dataset.snapshot(self._model, rows, skipped, uri_of=snapshot.manifest)
+        again, skipped = dataset.rows(tasks, self._folder.config, self._folder.label_config)
+        rebuilt, _ = dataset.snapshot(self._model, again, skipped, uri_of=snapshot.manifest)
         there = {annotation.unique_id: task for task in tasks for annotation in task.annotations}
-        after = {row.annotation: row for row in rows}
+        after = {row.annotation: row for row in again}
         return Rebuilt(
             version=version,
             digest=snapshot.digest,
-            stored=hashlib.sha256(self._manifest(snapshot)).hexdigest(),
+            stored=stored,
             rebuilt=rebuilt.digest,
             same=rebuilt.digest == snapshot.digest,
+            erased=self._erased(snapshot.digest, stored),
             annotations=len(before),
             changes=[
+                Change(annotation=row.annotation, task=row.task, image=row.sha256, what=f"erased on {row.erased_at}")
+                for row in emptied
+            ]
+            + [
                 Change(annotation=annotation, task=row.task, image=row.image, what=what)
                 for annotation, row in before.items()
                 if (what := self._change(row, after.get(annotation), there.get(annotation)))
             ],
         )
+
+    def _erased(self, digest: str, stored: str) -> str | None:
+        """When the snapshot was last changed by an erasure; None where the manifest is not what that left."""
+        erasures = [one for one in self._deployment.ledger.erasures(self._model) if digest in one.snapshots]
+        return erasures[-1].at if erasures and erasures[-1].snapshots[digest] == stored else None
 
     def _change(self, row: ManifestRow, now: ManifestRow | None, task: AnnotatedTask | None) -> str | None:
         """What became of an annotation; None where it is what it was."""
@@ -307,6 +331,7 @@ class Lineage:
                         version=promotion.version,
                         split=row.split,
                         sha256=row.sha256,
+                        erased_at=row.erased_at,
                         annotation=row.annotation,
                         task=row.task,
                         labels=[region.label for region in row.regions],
@@ -454,6 +479,8 @@ def _show_version(found: VersionLineage, console: Console) -> None:
         f"{total:,} annotations{by_model}: {data.train:,} trained on, {data.validation:,} validated with, "
         f"{data.test:,} held out; --json lists their ids",
     )
+    if data.erased:
+        _line(console, "", f"{data.erased:,} of these images were erased since; their annotations are not named any more")
     _line(console, "snapshot", data.digest)
     _line(console, "", data.manifest)
     for reason, count in data.left_out.items():
@@ -482,9 +509,12 @@ def _show_image(found: ImageLineage, console: Console) -> None:
     for column in ("version", "split", "as", "annotation", "task", "image"):
         table.add_column(column, justify="right" if column in ("version", "task") else "left")
     for use in found.uses:
-        labels = _labels(use.labels) + (" (by a model)" if use.by_model else "")
+        labels = (
+            f"erased on {use.erased_at}" if use.erased_at else _labels(use.labels) + (" (by a model)" if use.by_model else "")
+        )
         which = "this one" if use.sha256 == found.sha256 else f"{use.sha256[:12]}…"
-        table.add_row(str(use.version), use.split, escape(labels), use.annotation, str(use.task), which)
+        task = "" if use.erased_at else str(use.task)
+        table.add_row(str(use.version), use.split, escape(labels), use.annotation, task, which)
     console.print(table)
 
 
@@ -494,7 +524,9 @@ def _show_rebuilt(found: Rebuilt, console: Console) -> None:
     if found.same:
         _line(console, "", "[green]the same: every annotation is what it was[/green]", markup=True)
         return
-    if found.stored != found.digest:
+    if found.erased:
+        _line(console, "", f"[yellow]the manifest was changed by an erasure on {found.erased}[/yellow]", markup=True)
+    elif found.stored != found.digest:
         _line(console, "", f"[red]the manifest in S3 was overwritten, its digest is {found.stored}[/red]", markup=True)
     elif not found.changes:
         _line(
@@ -507,7 +539,8 @@ def _show_rebuilt(found: Rebuilt, console: Console) -> None:
         count = len(found.changes)
         _line(console, "", f"[yellow]another one: {count:,} annotations are no longer what they were[/yellow]", markup=True)
     for change in found.changes[:_LISTED]:
-        _line(console, "", f"{change.annotation} of task {change.task} ({change.image}): {change.what}")
+        which = f"{change.annotation} of task {change.task} ({change.image})" if change.annotation else change.image
+        _line(console, "", f"{which}: {change.what}")
     if len(found.changes) > _LISTED:
         _line(console, "", f"and {len(found.changes) - _LISTED:,} more; --json lists them")
 

@@ -370,6 +370,102 @@ def promote(
     _say_takeover(done, as_json=as_json)
 
 
+@app.command()
+def rotate_secrets(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJson = False) -> None:
+    """Give a model's backend a new password, in Secrets Manager and in Label Studio, while annotators go on.
+
+    Both passwords are valid until Label Studio has the new one. Then the old one ends, API Gateway is made to forget it, and
+    both are tried at the API. It takes about half a minute; where it was interrupted, run it again: it goes on where it stopped.
+    """
+    from cli import rotation
+
+    heard = problems if as_json else console
+    done = rotation.rotate(
+        Deployment.find(stage, home),
+        ModelConfigs.find()[model],
+        lambda step: heard.print(step, highlight=False, soft_wrap=True, markup=False),
+    )
+    if as_json:
+        print(msgspec.json.encode(done).decode())
+    else:
+        rotation.show(done, console)
+
+
+@app.command()
+def erase(
+    model: Model,
+    image: Annotated[
+        list[str],
+        typer.Option(help="The image: its s3:// address, its name below the model's prefix, or its SHA-256; may be given again."),
+    ],
+    reason: Annotated[str, typer.Option(help="Why, and who asked for it; kept in the ledger.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase an image everywhere it lives, for good, and say which versions have learnt from it.
+
+    All versions in S3, under every name that has the same content, and all that ever lay under the given name; the task with its
+    annotations and predictions; what the ledger, dataset snapshots, reports and MLflow say of it. A record stays, with the
+    image's hash, the time, who and why. Versions that were trained on it are not changed. Where it was interrupted, run it
+    again: it finishes. Not while a training runs, which would write the image down once more.
+    """
+    from cli import erasure
+
+    if as_json and not yes:
+        raise typer.BadParameter("nobody can be asked with --json; add --yes", param_hint="--yes")
+    eraser = erasure.Eraser(Deployment.find(stage, home), ModelConfigs.find()[model])
+    plan = eraser.plan(image)
+    if not as_json:
+        erasure.show_plan(plan, console)
+    if (plan.images or plan.unfinished) and not yes and not _confirmed("Erase this for good?"):
+        console.print("nothing was erased")
+        raise typer.Exit(2)
+    done = eraser.erase(plan, erasure.caller(), reason)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(done)).decode())
+    else:
+        erasure.show(done, console)
+
+
+@app.command()
+def redrive(
+    model: Annotated[
+        str | None, typer.Argument(help="Only messages about this model, and those about all.", show_default="all of them")
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option(help="Only this one: ingest, retrain, promote, refresh or prelabel.", show_default="all of them")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only show what lies there; it stays there.")] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put messages that failed five times back into their queues, once what they failed at is mended.
+
+    They lie in the dead-letter queues for two weeks, and an alarm says so. --list shows them: which queue, how many, how old,
+    what they say; the function's log says why they failed. Nothing is lost when this is interrupted: run it again. A message
+    that fails five times more comes back.
+    """
+    from cli import redrive as dead_letters
+
+    if model is not None:
+        ModelConfigs.find()[model]
+    try:
+        queues = [dead_letters.parse_queue(queue)] if queue else list(dead_letters.QUEUES)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--queue") from None
+    act = dead_letters.look if list_ else dead_letters.redrive
+    found = act(Deployment.find(stage, home), queues, model)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode({"queues": found})).decode())
+    elif list_:
+        dead_letters.show_list(found, console)
+    else:
+        dead_letters.show_moved(found, console)
+
+
 def main() -> NoReturn:
     """Run the command; every error of labelloop's own becomes a message and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -394,6 +490,14 @@ def _until_interrupted() -> None:
             signal.pause()
     except KeyboardInterrupt:
         console.print()
+
+
+def _confirmed(question: str) -> bool:
+    """Whether somebody says yes. Without anybody there to ask, it is a no."""
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        return False
 
 
 def _say_takeover(outcome: Outcome, *, as_json: bool) -> None:

@@ -107,6 +107,24 @@ def keep_function_logs(folder: Path) -> None:
     Worker._read_stderr = read
 
 
+def flush_authorizers() -> None:
+    """Add API Gateway's FlushStageAuthorizersCache, which ministack lacks: it keeps what authorizers answered, as AWS does."""
+    from ministack.services import apigateway_v1
+
+    handle = apigateway_v1.handle_request
+    answered = apigateway_v1._authorizer_cache
+
+    async def handle_or_flush(method: str, path: str, headers: Any, body: Any, query: Any) -> Any:
+        match [method, *path.strip("/").split("/")]:
+            case ["DELETE", "restapis", api, "stages", stage, "cache", "authorizers"]:
+                for key in [key for key in answered if (key[2], key[4]) == (api, stage)]:
+                    del answered[key]
+                return 202, {}, b""
+        return await handle(method, path, headers, body, query)
+
+    apigateway_v1.handle_request = handle_or_flush
+
+
 def main() -> None:
     function_logs = os.environ[FUNCTION_LOGS]
     for name in list(os.environ):
@@ -119,6 +137,7 @@ def main() -> None:
 
     count_loopback_as_tls()
     keep_function_logs(Path(function_logs))
+    flush_authorizers()
     sys.argv = ["ministack"]
     app.main()
 

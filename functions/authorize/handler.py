@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from aws_lambda_powertools import Logger
+from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.authorize import authorize
-from labelloop.credentials import backend_password
+from labelloop.credentials import KnownPasswords, backend_passwords
 from labelloop.errors import RequestError
 from labelloop.settings import Settings
 
 logger = Logger()
 
 
+@cache
+def passwords() -> KnownPasswords:
+    return KnownPasswords(partial(backend_passwords, Settings()))
+
+
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     header = next((value for name, value in event["headers"].items() if name.lower() == "authorization"), "")
     try:
-        policy = authorize(header, event["methodArn"], partial(backend_password, Settings()))
+        policy = authorize(header, event["methodArn"], passwords())
     except RequestError as error:
         logger.warning("refused", reason=str(error))
+        _count_failure()
         raise Exception("Unauthorized") from None
-    logger.info("answered", model=policy["principalId"], effect=policy["policyDocument"]["Statement"][0]["Effect"])
+    effect = policy["policyDocument"]["Statement"][0]["Effect"]
+    logger.info("answered", model=policy["principalId"], effect=effect)
+    if effect == "Deny":
+        _count_failure()
     return policy
+
+
+def _count_failure() -> None:
+    with single_metric(name="FailedSignIns", unit=MetricUnit.Count, value=1):
+        pass

@@ -44,7 +44,9 @@ class Secrets(Construct):
                 ),
                 removal_policy=cdk.RemovalPolicy.RETAIN,
             )
-            acknowledge(backend, SMG4="Label Studio holds a copy; `setup-label-studio-project` writes both, a rotation could not")
+            acknowledge(
+                backend, SMG4="Label Studio holds a copy; `labelloop rotate-secrets` changes both, AWS's rotation could not"
+            )
 
 
 def allow_reading_label_studio_secret(role: iam.Role, *, stage: Stage) -> None:

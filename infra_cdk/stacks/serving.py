@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import aws_cdk as cdk
+from aws_cdk import aws_cloudwatch as cloudwatch
 from constructs import Construct
 
 from infra_cdk.constructs.front_door import FrontDoor
@@ -16,6 +17,7 @@ from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
 from infra_cdk.stage import Stage
 
+_FAILED_SIGN_INS = 10  # in five minutes: more than a password that somebody mistyped, or that Label Studio was not given
 _FULL_CPU_MB = 1769  # memory at which Lambda gives one whole vCPU
 # What anybody can cause by calling the API, at most. Lambda asks an account to keep 100 of its (usually 1,000) for the rest.
 _AUTHORIZE_AT_ONCE, _PREDICT_AT_ONCE = 20, 100
@@ -33,13 +35,32 @@ class ServingStack(cdk.Stack):
             stage=stage,
             name="authorize",
             description="Lets a model's credentials through to that model",
-            environment={"LABELLOOP_BACKEND_SECRET_PREFIX": stage.backend_secret_prefix},
+            environment={
+                "LABELLOOP_BACKEND_SECRET_PREFIX": stage.backend_secret_prefix,
+                "POWERTOOLS_METRICS_NAMESPACE": stage.prefix,
+            },
             layers=[layers.core, layers.library],
             memory_mb=_FULL_CPU_MB,  # its cold start is part of Label Studio's one second for health; it runs once an hour
             timeout=cdk.Duration.seconds(10),
             concurrency=_AUTHORIZE_AT_ONCE if stage.reserves_concurrency else None,
         )
         allow_reading_backend_secrets(authorize.execution_role, stage=stage)
+        cloudwatch.Alarm(
+            self,
+            "FailedSignIns",
+            alarm_description="somebody tries passwords at the API; a wrong one that is sent again within the hour counts once",
+            metric=cloudwatch.Metric(
+                namespace=stage.prefix,
+                metric_name="FailedSignIns",
+                dimensions_map={"service": "authorize"},
+                period=cdk.Duration.minutes(5),
+                statistic="Sum",
+            ),
+            threshold=_FAILED_SIGN_INS,
+            evaluation_periods=1,
+            comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
+            treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
+        )
 
         predict = PythonFunction(
             self,

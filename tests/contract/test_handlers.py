@@ -225,6 +225,8 @@ def authorize(aws: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, 
     for model in ("digits", "faces"):
         secrets.create_secret(Name=prefix + model, SecretString=json.dumps({"username": model, "password": f"{model}-password"}))
     monkeypatch.setenv("LABELLOOP_BACKEND_SECRET_PREFIX", prefix)
+    monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "labelloop-test")
+    monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "authorize")
     handler = examples.load_handler("authorize")
     arn = "arn:aws:execute-api:us-east-1:000000000000:abc123/v1/POST/digits/predict"
 
@@ -273,6 +275,28 @@ def test_without_credentials_the_answer_is_the_word_that_means_401(
 ) -> None:
     with pytest.raises(Exception, match=r"^Unauthorized$"):
         authorize(headers)
+
+
+def test_failed_sign_ins_are_counted_and_no_password_is_written_down(
+    authorize: Callable[[dict[str, str]], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failures() -> list[float]:
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert not [line for line in lines if "password" in str(line)]
+        found = [line for line in lines if "_aws" in line]
+        for line in found:
+            (metrics,) = line["_aws"]["CloudWatchMetrics"]
+            assert (metrics["Namespace"], metrics["Dimensions"]) == ("labelloop-test", [["service"]])
+            assert line["service"] == "authorize"
+        return [value for line in found for value in line["FailedSignIns"]]
+
+    authorize({"Authorization": basic("digits", "digits-password")})
+    assert failures() == []
+    authorize({"Authorization": basic("digits", "faces-password")})
+    authorize({"Authorization": basic("unknown", "digits-password")})
+    with pytest.raises(Exception, match=r"^Unauthorized$"):
+        authorize({"Authorization": "Bearer x"})
+    assert failures() == [1.0, 1.0, 1.0]
 
 
 # promote, refresh
@@ -354,7 +378,9 @@ def test_refresh_renames_the_backend_to_what_serves_now(
     monkeypatch.setenv("LABELLOOP_ARTIFACTS_BUCKET", bucket.name)
     monkeypatch.setenv("LABELLOOP_LEDGER_TABLE", ledger._table)
     prefix = f"labelloop/test/{uuid.uuid4().hex}/"
-    boto3.client("secretsmanager").create_secret(Name=f"{prefix}digits", SecretString=json.dumps({"password": "its own"}))
+    boto3.client("secretsmanager").create_secret(
+        Name=f"{prefix}digits", SecretString=json.dumps({"username": "digits", "password": "its own"})
+    )
     monkeypatch.setenv("LABELLOOP_BACKEND_SECRET_PREFIX", prefix)
     ledger.set_project("digits", 3)
     Champions(bucket).swap(examples.champion(5), tag=None)

@@ -121,6 +121,15 @@ def test_the_api_is_regional_logged_traced_and_throttled(prod: Templates) -> Non
     assert settings["DataTraceEnabled"] is False  # it would log credentials
 
 
+def test_failed_sign_ins_raise_an_alarm(either: Templates) -> None:
+    variables = either.serving.functions["authorize"]["Properties"]["Environment"]["Variables"]
+    alarm = either.serving.only("CloudWatch::Alarm", MetricName="FailedSignIns")["Properties"]
+    assert alarm["Namespace"] == variables["POWERTOOLS_METRICS_NAMESPACE"] == f"labelloop-{variables['LABELLOOP_STAGE']}"
+    assert alarm["Dimensions"] == [{"Name": "service", "Value": variables["POWERTOOLS_SERVICE_NAME"]}]
+    assert (alarm["Statistic"], alarm["Period"], alarm["Threshold"]) == ("Sum", 300, 10)
+    assert alarm["ComparisonOperator"] == "GreaterThanOrEqualToThreshold"
+
+
 def test_predict_is_as_large_as_the_largest_model_asks(prod: Templates) -> None:
     predict = prod.serving.functions["predict"]["Properties"]
     assert predict["MemorySize"] == 1769

@@ -14,7 +14,7 @@ from labelloop.errors import RequestError
 
 STAGE = "arn:aws:execute-api:us-east-1:000000000000:abc123/v1"
 ARN = f"{STAGE}/POST/digits/predict"
-PASSWORDS = {"digits": "s3cret:with colon", "faces": "other", "empty": ""}
+PASSWORDS = {"digits": ("s3cret:with colon",), "faces": ("other",), "pets": ("new", "old"), "empty": ("",)}
 
 
 def basic(user: str, password: str) -> str:
@@ -22,7 +22,7 @@ def basic(user: str, password: str) -> str:
 
 
 def answer(header: str, arn: str = ARN) -> dict[str, Any]:
-    return authorize(header, arn, PASSWORDS.get)
+    return authorize(header, arn, lambda model: PASSWORDS.get(model, ()))
 
 
 def statement(policy: dict[str, Any]) -> tuple[str, str]:
@@ -38,6 +38,11 @@ def test_right_credentials_open_the_whole_path_of_their_model_and_no_other(arn: 
     policy = answer(basic("digits", "s3cret:with colon"), arn)
     assert policy["principalId"] == "digits"
     assert statement(policy) == ("Allow", f"{STAGE}/*/digits/*")
+
+
+@pytest.mark.parametrize("password", ["new", "old"])
+def test_during_a_rotation_both_passwords_open(password: str) -> None:
+    assert statement(answer(basic("pets", password))) == ("Allow", f"{STAGE}/*/pets/*")
 
 
 @pytest.mark.parametrize("scheme", ["basic", "BASIC", "Basic"])
@@ -60,6 +65,7 @@ def test_the_scheme_is_read_in_any_case(scheme: str) -> None:
         ("faces/../digits", "other"),
         ("digits", "ſ3cret:with colon"),
         ("Faces", "other"),
+        ("pets", "older"),
     ],
 )
 def test_wrong_credentials_are_denied_everywhere(user: str, password: str) -> None:
@@ -88,8 +94,13 @@ def test_what_holds_no_credentials_is_no_request_to_decide_about(header: str) ->
 
 def test_only_a_possible_model_name_is_looked_up() -> None:
     asked: list[str] = []
+
+    def look_up(name: str) -> tuple[str, ...]:
+        asked.append(name)
+        return ()
+
     for user in ("../secret", "digits/x", "", "A", "digits"):
-        authorize(basic(user, "x"), ARN, lambda name: asked.append(name))
+        authorize(basic(user, "x"), ARN, look_up)
     assert asked == ["digits"]
 
 

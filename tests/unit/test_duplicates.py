@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
 
+import msgspec
 import pytest
 from PIL import Image
 
 from cli.examples import digit_detector, digits
 from labelloop import imaging
 from labelloop.dataset import rows, split_of
-from labelloop.duplicates import Fingerprint, Groups, Membership, alike, fingerprint
-from labelloop.errors import StorageError
+from labelloop.duplicates import Assignment, Fingerprint, Groups, Membership, alike, fingerprint, forget_looks
+from labelloop.errors import ConflictError, StorageError
 from labelloop.ledger import Ledger
 from tests import examples
 from tests.examples import DIGITS, LABELS, annotated_task, encoded, png, sha256
@@ -243,3 +244,38 @@ def test_familiar_images_are_those_that_earlier_ones_stand_for(ledger: Ledger) -
     assert min(found[sha256(copy)].familiar for copy in copies) > 0.9
     assert found[sha256(novel)].familiar < 0.1
     assert all(0 <= membership.familiar <= 1 for membership in groups_of(ledger, scans()).values())
+
+
+# After an erasure
+
+
+def test_erased_looks_are_gone_and_the_group_stays_for_whoever_comes_again(ledger: Ledger) -> None:
+    first, second, other = (encoded(scene, "PNG") for scene in scenes()[:3])
+    hashes = [sha256(data) for data in (first, second, other)]
+    Groups(ledger).assign("digits", 1, dict(zip(hashes, map(print_of, (first, second, other)), strict=True)))
+    copy, later_copy = (COPIES[kind](scenes()[0]) for kind in ("JPEG 50", "WebP 50"))
+
+    assert forget_looks(ledger, "digits", 1, [hashes[0]]) == 1
+    assert forget_looks(ledger, "digits", 1, [hashes[0]]) == 0
+    ((_, body),) = ledger.groups_after("digits", 1, 0)
+    kept = msgspec.json.decode(body, type=list[Assignment])
+    assert [one.sha256 for one in kept] == hashes
+    assert [one.fingerprint.cells for one in kept] == [b"", print_of(second).cells, print_of(other).cells]
+
+    afresh = Groups(ledger)
+    assert afresh.assign("digits", 1, {sha256(copy): print_of(copy)})[sha256(copy)].group == sha256(copy)
+    again = Groups(ledger).assign("digits", 1, {hashes[0]: print_of(first)})[hashes[0]]
+    assert again.group == hashes[0]
+    looks = print_of(later_copy)
+    joined = Groups(ledger).assign("digits", 1, {sha256(later_copy): looks})[sha256(later_copy)]
+    assert hashes[0] in (joined.group, *joined.resembles)
+    assert forget_looks(ledger, "digits", 1, [hashes[0]]) == 1
+
+
+def test_a_log_that_changes_meanwhile_is_not_overwritten(ledger: Ledger) -> None:
+    looks = print_of(encoded(scenes()[0], "PNG"))
+    Groups(ledger).assign("digits", 1, {"a" * 64: looks})
+    ((sequence, body),) = ledger.groups_after("digits", 1, 0)
+    ledger.rewrite_groups("digits", 1, sequence, body, b"[]")
+    with pytest.raises(ConflictError):
+        ledger.rewrite_groups("digits", 1, sequence, body, body)

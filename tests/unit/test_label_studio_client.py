@@ -407,3 +407,29 @@ def test_a_webhook_is_switched_on_with_the_actions_that_it_has(server: Recording
     client.switch_on(found)
     assert server.paths == ["GET /api/webhooks/?project=4", "PATCH /api/webhooks/3/"]
     assert server.requests[1].json == {"is_active": True, "actions": ["ANNOTATION_CREATED"]}
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "fails"),
+    [
+        ([204], 1, False),
+        ([404], 1, False),
+        ([500, 500, 204], 3, False),
+        ([500, 404], 2, False),
+        ([500] * 5, 5, True),
+        ([403], 1, True),
+    ],
+)
+def test_a_task_is_deleted_though_the_database_is_locked(
+    answers: list[int], asked: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labelloop.label_studio.client._LOCKED_SECONDS", (0, 0, 0, 0))
+    waiting = iter(answers)
+    with serving(lambda _: Answer(next(waiting), b"")) as server:
+        client = LabelStudioClient(server.url, "0123456789abcdef")
+        if fails:
+            with pytest.raises(LabelStudioError):
+                client.delete_task(5)
+        else:
+            client.delete_task(5)
+        assert server.paths == ["DELETE /api/tasks/5/"] * asked

@@ -14,6 +14,7 @@ from typing import Any
 
 import boto3
 import pytest
+import urllib3
 from botocore.exceptions import ClientError
 
 from local import emulator
@@ -170,6 +171,59 @@ def test_a_function_without_a_grant_is_denied(patched: Running) -> None:
     code = "import botocore.session\ndef handler(event, context):\n"
     code += "    botocore.session.get_session().create_client('s3').put_object(Bucket='private', Key='a', Body=b'')\n"
     assert "AccessDenied" in create_function(patched, "nosy", code)()["errorMessage"]
+
+
+AUTHORIZER = """
+def handler(event, context):
+    statement = {"Action": "execute-api:Invoke", "Effect": "Allow", "Resource": "*"}
+    print("asked")
+    return {"principalId": "p", "policyDocument": {"Version": "2012-10-17", "Statement": [statement]}}
+"""
+
+
+def api_with_authorizer(running: Running) -> tuple[str, Callable[[], int]]:
+    """An API whose authorizer's answers are kept for an hour; its id, and a request to it."""
+    create_function(running, "authorizer", AUTHORIZER)
+    arn = running.client("lambda").get_function(FunctionName="authorizer")["Configuration"]["FunctionArn"]
+    gateway = running.client("apigateway")
+    api = gateway.create_rest_api(name="api")["id"]
+    (root,) = gateway.get_resources(restApiId=api)["items"]
+    authorizer = gateway.create_authorizer(
+        restApiId=api,
+        name="a",
+        type="REQUEST",
+        identitySource="method.request.header.Authorization",
+        authorizerUri=f"arn:aws:apigateway:us-east-1:lambda:path/2015-03-31/functions/{arn}/invocations",
+        authorizerResultTtlInSeconds=3600,
+    )["id"]
+    where = {"restApiId": api, "resourceId": root["id"], "httpMethod": "GET"}
+    gateway.put_method(**where, authorizationType="CUSTOM", authorizerId=authorizer)
+    gateway.put_integration(**where, type="MOCK", requestTemplates={"application/json": '{"statusCode":200}'})
+    gateway.put_method_response(**where, statusCode="200")
+    gateway.put_integration_response(**where, statusCode="200")
+    gateway.create_deployment(restApiId=api, stageName="v1")
+
+    def ask() -> int:
+        url = f"{running.endpoint}/restapis/{api}/v1/_user_request_/"
+        answer = urllib3.request("GET", url, headers={"Authorization": "a"}, retries=False)
+        assert answer.status == 200, answer.data
+        return (running.function_logs / "authorizer.log").read_text().count("asked")
+
+    return api, ask
+
+
+def test_what_authorizers_answered_can_be_forgotten(patched: Running) -> None:
+    api, ask = api_with_authorizer(patched)
+    before = ask()
+    assert ask() == before
+    patched.client("apigateway").flush_stage_authorizers_cache(restApiId=api, stageName="v1")
+    assert ask() == before + 1
+
+
+def test_without_the_patch_it_cannot(unpatched: Running) -> None:
+    api = unpatched.client("apigateway").create_rest_api(name="api")["id"]
+    with pytest.raises(ClientError):
+        unpatched.client("apigateway").flush_stage_authorizers_cache(restApiId=api, stageName="v1")
 
 
 def test_state_survives_a_stop(tmp_path: Path) -> None:

@@ -22,6 +22,13 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
         (["status", "digits", "--stage", "dev"], 2, "AWS is not configured"),
         (["rollback", "digits"], 2, "labelloop up"),
         (["promote", "digits", "2"], 2, "Missing option '--reason'"),
+        (["rotate-secrets", "digits"], 2, "labelloop up"),
+        (["redrive"], 2, "labelloop up"),
+        (["erase", "digits"], 2, "Missing option '--image'"),
+        (["erase", "digits", "--image", "a.png"], 2, "labelloop up"),
+        (["erase", "digits", "--image", "a.png", "--json"], 2, "add --yes"),
+        (["redrive", "no-such-model"], 2, "no-such-model"),
+        (["redrive", "--queue", "nope"], 2, "there are: ingest, retrain"),
         (["demo", "--annotations", "5,3"], 2, "must rise"),
         (["demo", "--annotations", "many"], 2, "numbers with commas"),
         (["demo", "--report", "/nowhere/at/all.json"], 2, "there is no folder"),
@@ -39,7 +46,8 @@ def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int
 def test_every_command_explains_itself(tmp_path: Path) -> None:
     assert labelloop("--help", folder=tmp_path).returncode == 0
     laptop, model = ("demo", "up", "down", "status", "lineage"), ("create-new-model", "check", "config-schema")
-    for command in (*laptop, *model, "setup-label-studio-project", "upload-images", "rollback", "promote"):
+    operations = ("rollback", "promote", "rotate-secrets", "erase", "redrive")
+    for command in (*laptop, *model, "setup-label-studio-project", "upload-images", *operations):
         done = labelloop(command, "--help", folder=tmp_path)
         assert done.returncode == 0, command
         assert len(done.stdout.split()) > 20

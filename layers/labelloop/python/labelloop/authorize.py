@@ -14,18 +14,18 @@ from labelloop.errors import RequestError
 from labelloop.model_config import NAME
 
 
-def authorize(header: str, method_arn: str, password_of: Callable[[str], str | None]) -> dict[str, Any]:
-    """The IAM policy for an Authorization header. `password_of` knows a model's password, or None for no such model.
+def authorize(header: str, method_arn: str, passwords_of: Callable[[str], tuple[str, ...]]) -> dict[str, Any]:
+    """The IAM policy for an Authorization header. `passwords_of` knows a model's one or two valid passwords; none: no such model.
 
     Right credentials allow everything under `/{model}/`; wrong ones are denied. Raises `RequestError` when the header
     holds no Basic credentials at all.
     """
     model, password = _basic(header)
-    expected = password_of(model) if NAME.fullmatch(model) else None
-    # Compared even where there is nothing to compare with, so that time tells nothing about names.
-    matches = hmac.compare_digest(password.encode(), (expected or "").encode())
+    valid = passwords_of(model) if NAME.fullmatch(model) else ()
+    # Always compared with two, so that time tells nothing about names, nor which of the two it was.
+    matches = [hmac.compare_digest(password.encode(), expected.encode()) for expected in (*valid, "", "")[:2]]
     stage_arn = "/".join(method_arn.split("/")[:2])
-    if expected and matches:
+    if password and any(matches):
         return _policy(model, "Allow", f"{stage_arn}/*/{model}/*")
     return _policy("nobody", "Deny", f"{stage_arn}/*")
 

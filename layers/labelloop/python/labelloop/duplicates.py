@@ -47,7 +47,10 @@ _ENTRY = 500  # images an entry of the log, 300 KB at most; DynamoDB takes 400
 
 
 class Fingerprint(Record, frozen=True, kw_only=True):
-    """What an image looks like: 16 × 16 grey levels, row by row. `small`: it has less than 32 pixels in width or height."""
+    """What an image looks like: 16 × 16 grey levels, row by row. `small`: it has less than 32 pixels in width or height.
+
+    Of an image that was erased there are no `cells`: so small a picture of it is still one.
+    """
 
     cells: bytes
     small: bool
@@ -74,6 +77,9 @@ class Assignment(Record, frozen=True, kw_only=True):
     fingerprint: Fingerprint
 
 
+_ERASED = Fingerprint(cells=b"", small=False)
+
+
 def fingerprint(image: Image.Image) -> Fingerprint:
     """The fingerprint of an upright image, which may be decoded to less than its size, but to no less than 64 pixels."""
     small = min(image.size) < _SMALL
@@ -87,11 +93,28 @@ def alike(one: Fingerprint, other: Fingerprint) -> bool:
     return _closeness(_Look(one), _Look(other)) <= 1
 
 
+def forget_looks(ledger: Ledger, model: str, project: int, images: Iterable[str]) -> int:
+    """Take the fingerprints of images (SHA-256) out of a project's log; how many. They keep their groups, which are hashes.
+
+    A function that has read the log remembers them until Lambda ends it. Raises `ConflictError`, `StorageError`.
+    """
+    hashes, count = set(images), 0
+    for sequence, body in ledger.groups_after(model, project, 0):
+        entry = msgspec.json.decode(body, type=list[Assignment])
+        found = [one for one in entry if one.sha256 in hashes and one.fingerprint.cells]
+        if found:
+            emptied = [msgspec.structs.replace(one, fingerprint=_ERASED) if one in found else one for one in entry]
+            ledger.rewrite_groups(model, project, sequence, body, msgspec.json.encode(emptied))
+            count += len(found)
+    return count
+
+
 class Groups:
     """The content groups of all models, read from the ledger and written there before anybody else is told.
 
     Each project's groups are a log that only grows. An entry is written only behind the one that was read last, so that of two
-    functions at once the second reads what the first has decided, and decides again.
+    functions at once the second reads what the first has decided, and decides again. Only an erasure changes entries, and it
+    changes no group: an image that is uploaded again after one is in the group that it was in.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -104,10 +127,10 @@ class Groups:
         Raises `StorageError`.
         """
         index = self._indexes.setdefault((model, project), _Index())
-        while new := [sha256 for sha256 in images if sha256 not in index.assigned][:_ENTRY]:
+        while new := [sha256 for sha256 in images if not index.knows(sha256)][:_ENTRY]:
             for sequence, body in self._ledger.groups_after(model, project, index.sequence):
                 index.read(sequence, msgspec.json.decode(body, type=list[Assignment]))
-            decided = [index.decide(sha256, images[sha256]) for sha256 in new if sha256 not in index.assigned]
+            decided = [index.decide(sha256, images[sha256]) for sha256 in new if not index.knows(sha256)]
             if decided:
                 self._write(model, project, index, decided)
         return {sha256: index.membership(sha256) for sha256 in images}
@@ -142,7 +165,7 @@ class _Index:
     """The groups of one project, as of the log's entry `sequence`."""
 
     sequence: int = 0
-    assigned: dict[str, Assignment] = field(default_factory=dict)
+    assigned: dict[str, list[Assignment]] = field(default_factory=dict)  # several of one that came again after an erasure
     looks: list[_Look] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)  # of the looks
     groups: list[str] = field(default_factory=list)  # of the looks
@@ -150,12 +173,23 @@ class _Index:
 
     def read(self, sequence: int, assignments: Iterable[Assignment]) -> None:
         for assignment in assignments:
-            self._add(assignment, _Look(assignment.fingerprint))
+            if assignment.fingerprint.cells:
+                self._add(assignment, _Look(assignment.fingerprint))
+            else:
+                self.assigned.setdefault(assignment.sha256, []).append(assignment)
         self.sequence = sequence
+
+    def knows(self, sha256: str) -> bool:
+        """Whether an image has a group, and its looks are there for others to be compared with."""
+        return sha256 in self.assigned and bool(self.assigned[sha256][-1].fingerprint.cells)
 
     def decide(self, sha256: str, fingerprint: Fingerprint) -> Assignment:
         """Assign a new image: it joins the group of the nearest that looks the same, or starts one."""
         look = _Look(fingerprint)
+        if sha256 in self.assigned:
+            again = msgspec.structs.replace(self.assigned[sha256][-1], fingerprint=fingerprint)
+            self._add(again, look)
+            return again
         similar = self._similar(look)
         alike = sorted((_closeness(look, self.looks[at]), self.groups[at]) for _, at in similar[:_CANDIDATES])
         groups = list(dict.fromkeys(group for closeness, group in alike if closeness <= 1)) or [sha256]
@@ -169,18 +203,20 @@ class _Index:
     def forget(self, assignments: Sequence[Assignment]) -> None:
         """Take back what was decided last."""
         for assignment in assignments:
-            del self.assigned[assignment.sha256]
+            self.assigned[assignment.sha256].pop()
+            if not self.assigned[assignment.sha256]:
+                del self.assigned[assignment.sha256]
         left = len(self.looks) - len(assignments)
         del self.looks[left:], self.bits[left:], self.groups[left:], self.nearest[left:]
 
     def membership(self, sha256: str) -> Membership:
-        found = self.assigned[sha256]
+        found = self.assigned[sha256][-1]
         recent = self.nearest[-_RECENT:]  # among all, whoever comes late would be familiar: there is more that looks like it
         familiar = sum((nearest < found.nearest) + (nearest <= found.nearest) for nearest in recent) / 2 / len(recent)
         return Membership(group=found.group, resembles=found.resembles, familiar=familiar)
 
     def _add(self, assignment: Assignment, look: _Look) -> None:
-        self.assigned[assignment.sha256] = assignment
+        self.assigned.setdefault(assignment.sha256, []).append(assignment)
         self.looks.append(look)
         self.bits.append(look.bits)
         self.groups.append(assignment.group)

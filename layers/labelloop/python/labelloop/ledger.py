@@ -6,7 +6,7 @@ Writing a head demands the sequence number that was read, so two reconciles at o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
 from labelloop.errors import ConflictError, NotSetUpError, StorageError
-from labelloop.records import Audit, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
+from labelloop.records import Audit, Erasure, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
 
 _LEASE_SECONDS = 90  # longer than ingest may run
 _BATCH = 25  # DynamoDB's limit of a BatchWriteItem
@@ -234,6 +234,45 @@ class Ledger:
             raise StorageError(f"the ledger refused groups: {error}") from error
         except BotoCoreError as error:
             raise StorageError(f"the ledger does not answer: {error}") from error
+
+    def rewrite_groups(self, model: str, project: int, sequence: int, before: bytes, after: bytes) -> None:
+        """Change entry `sequence` of the log, which is `before`. Raises `ConflictError` when it is not."""
+        written = self._put_if(
+            {**_key(model, _groups_record(project, sequence)), "body": {"S": after.decode()}},
+            "#body = :before",
+            {"#body": "body"},
+            {":before": {"S": before.decode()}},
+        )
+        if not written:
+            raise ConflictError(f"the groups of {model} were changed meanwhile")
+
+    # Erasures
+
+    def record_erasure(self, erasure: Erasure) -> None:
+        """Write an erasure, or how far it has come."""
+        self._put_body(erasure.model, f"erasure#{erasure.at}", erasure)
+
+    def erasures(self, model: str) -> list[Erasure]:
+        """All of them, the earliest first."""
+        found = [msgspec.json.decode(item["body"]["S"], type=Erasure) for item in self._query(model, "erasure#")]
+        return sorted(found, key=lambda erasure: erasure.at)
+
+    def image_address(self, model: str, project: int, sha256: str) -> str | None:
+        """The address under which an image became a task, if it did."""
+        item = self._get(model, _image_record(project, sha256))
+        return None if item is None else str(item["image"]["S"])
+
+    def forget_images(self, model: str, project: int, images: Iterable[str]) -> int:
+        """Delete what stands here of images (SHA-256): notes, cases for review, audits; how many records it was."""
+        hashes = set(images)
+        records = [record for sha256 in hashes for record in (_image_record(project, sha256), f"review#{project}#{sha256}")]
+        for item in self._query(model, "audit#"):
+            if msgspec.json.decode(item["body"]["S"], type=Audit).sha256 in hashes:
+                records.append(item["record"]["S"])
+        there = [record for record in records if self._get(model, record)]
+        for record in there:
+            self._call("delete_item", Key=_key(model, record))
+        return len(there)
 
     def _put_body(self, model: str, record: str, body: Record) -> None:
         self._call("put_item", Item={**_key(model, record), **_body(body)})

@@ -49,6 +49,13 @@ class ManifestRow(Record, frozen=True, kw_only=True, omit_defaults=True):
     task: int
     seen: int | None = None  # the version whose prediction the annotator saw; 0 of an order without a model
     by_model: bool = False  # auto-accepted
+    erased_at: str | None = None  # of a row that `labelloop erase` emptied; hash, group and split are what is left of it
+
+    def emptied(self, at: str) -> ManifestRow:
+        """What an erasure leaves of it: enough to tell which versions learnt from the image, and nothing of the image."""
+        return ManifestRow(
+            image="", sha256=self.sha256, group=self.group, regions=[], split=self.split, annotation="", task=0, erased_at=at
+        )
 
 
 class Snapshot(Record, frozen=True, kw_only=True):
@@ -347,6 +354,33 @@ class TurnedOff(Record, frozen=True, kw_only=True):
     audited: int
     reason: str
     at: str
+
+
+class ErasedImage(Record, frozen=True, kw_only=True):
+    """What is kept of an image that was erased: hashes and length of its file, by which what is left of it is found again.
+
+    `versions`: those whose snapshot had it, in whichever split.
+    """
+
+    sha256: str
+    md5: str | None  # None where its file was gone already
+    size: int | None  # bytes
+    versions: list[int]
+
+
+class Erasure(Record, frozen=True, kw_only=True):
+    """That images were erased everywhere: `by` whom, and why. `finished_at`: None while something may be left of them.
+
+    `snapshots`: digest of each that had one of them → SHA-256 of what its manifest is since.
+    """
+
+    model: str
+    at: str
+    by: str
+    reason: str
+    images: list[ErasedImage]
+    snapshots: dict[str, str] = {}
+    finished_at: str | None = None
 
 
 class TrainingSignal(Record, frozen=True, kw_only=True):

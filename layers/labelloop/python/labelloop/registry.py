@@ -1,11 +1,13 @@
-"""MLflow's model registry over REST: aliases and tags.
+"""MLflow over REST: the model registry's aliases and tags, and the artifacts of runs that the server itself hands out.
 
 mlflow's own client weighs 69 MB at the least, waits 120 s and retries: not for a Lambda.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import msgspec
 import urllib3
@@ -17,6 +19,19 @@ _RETRIES = urllib3.Retry(
     total=3, connect=3, read=1, status=2, backoff_factor=0.3, backoff_jitter=0.3, status_forcelist=(502, 503, 504),
     allowed_methods=None, raise_on_status=False,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and the address of its artifacts. `served`: the path at which the server itself hands them out; None elsewhere."""
+
+    id: str
+    artifacts: str
+
+    @property
+    def served(self) -> str | None:
+        scheme, _, path = self.artifacts.partition(":/")
+        return path.strip("/") if scheme == "mlflow-artifacts" else None
 
 
 class Registry:
@@ -39,17 +54,53 @@ class Registry:
         for key, value in tags.items():
             self._call("POST", "model-versions/set-tag", {"name": model, "version": str(version), "key": key, "value": value})
 
-    def _call(self, method: str, path: str, body: dict[str, Any]) -> None:
-        url = f"{self._url}/api/2.0/mlflow/{path}"
-        content = msgspec.json.encode(body)
-        headers = {"Content-Type": "application/json", **self._signature(method, url, content)}
+    def runs_of(self, model: str, digest: str) -> list[Run]:
+        """The runs, deleted ones too, that trained on a dataset snapshot."""
         try:
-            answer = self._http.request(method, url, body=content, headers=headers)
+            found = self._call("GET", f"experiments/get-by-name?{urlencode({'experiment_name': model})}")
+        except RegistryError as error:
+            if error.status != 404:
+                raise
+            return []
+        asked = {
+            "experiment_ids": [found["experiment"]["experiment_id"]],
+            "filter": f"tags.dataset_digest = '{digest}'",
+            "run_view_type": "ALL",
+            "max_results": 1000,
+        }
+        runs = self._call("POST", "runs/search", asked).get("runs", [])
+        return [Run(run["info"]["run_id"], run["info"]["artifact_uri"]) for run in runs]
+
+    def artifact(self, path: str) -> bytes | None:
+        """A file that the server hands out (`Run.served` and its name), or None when there is none."""
+        try:
+            return self._send("GET", f"mlflow-artifacts/artifacts/{quote(path)}", b"")
+        except RegistryError as error:
+            if error.status != 404:
+                raise
+            return None
+
+    def put_artifact(self, path: str, content: bytes) -> None:
+        """Replace such a file."""
+        self._send("PUT", f"mlflow-artifacts/artifacts/{quote(path)}", content, "application/octet-stream")
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        content = b"" if body is None else msgspec.json.encode(body)
+        answer = self._send(method, f"mlflow/{path}", content)
+        return msgspec.json.decode(answer) if answer else {}
+
+    def _send(self, method: str, path: str, content: bytes, kind: str = "application/json") -> bytes:
+        url = f"{self._url}/api/2.0/{path}"
+        headers = {"Content-Type": kind, **self._signature(method, url, content)}
+        try:
+            answer = self._http.request(method, url, body=content or None, headers=headers)
         except urllib3.exceptions.HTTPError as error:
             raise RegistryError(f"MLflow at {self._url} does not answer: {error}") from error
         if answer.status != 200:
             text = answer.data[:300].decode(errors="replace")
-            raise RegistryError(f"MLflow answered {path} with {answer.status}: {text}", status=answer.status)
+            what = path.removeprefix("mlflow/")
+            raise RegistryError(f"MLflow answered {what} with {answer.status}: {text}", status=answer.status)
+        return bytes(answer.data)
 
     def _signature(self, method: str, url: str, content: bytes) -> dict[str, str]:
         """SigV4 headers for an MLflow App; none for a plain server."""

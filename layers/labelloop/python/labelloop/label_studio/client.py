@@ -35,6 +35,7 @@ _RETRIES = urllib3.Retry(
 )
 # A listing otherwise shows images at an address of Label Studio's own, once a storage covers them.
 _AS_STORED = {"include": "id,data", "resolve_uri": "false"}
+_LOCKED_SECONDS = (0.5, 1, 2, 4)  # between tries of what a locked database made fail
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
 _TASKS = 200  # ids in a URL
 _MOST = 5000  # tasks of a listing that is not paged
@@ -263,6 +264,23 @@ class LabelStudioClient:
         if brought and answer["prediction_count"] == 0:
             self._json("POST", f"/api/projects/{project}/import/predictions", brought)
         return ids
+
+    def delete_task(self, task: int) -> None:
+        """Delete a task with its annotations, drafts and predictions. One that is gone is no error.
+
+        On SQLite Label Studio answers 500 while somebody else writes; a deletion may be tried again.
+        """
+        for pause in (*_LOCKED_SECONDS, None):
+            try:
+                self._request("DELETE", f"/api/tasks/{task}/")
+            except LabelStudioError as error:
+                if error.status == HTTPStatus.NOT_FOUND:
+                    return
+                if error.status != HTTPStatus.INTERNAL_SERVER_ERROR or pause is None:
+                    raise
+                time.sleep(pause)
+            else:
+                return
 
     def backends(self, project: int) -> list[dict[str, Any]]:
         """The ML backends connected to a project. Label Studio checks each one's health meanwhile."""
