@@ -608,6 +608,7 @@ def test_whatever_happens_the_loop_comes_right() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3_600)
 def test_whatever_else_happens_the_loop_comes_right() -> None:
     run(10_000, derandomize=False)
 
