@@ -326,6 +326,7 @@ def test_mlflow_may_be_away_at_the_promotion(loop: Loop, first_version: Promotio
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_label_studio_may_be_away_while_everybody_wants_it(loop: Loop, first_version: Promotion) -> None:
     """Every message comes again: an image becomes one task, a pressed button one training, and the predictions are made."""
     annotated, before, number = loop.annotate_more(1), set(loop.job_names()), len(loop.listed())
@@ -340,8 +341,8 @@ def test_label_studio_may_be_away_while_everybody_wants_it(loop: Loop, first_ver
             schedule(loop)
         wait_for(lambda: task_of(loop, key), 180, "the image is a task")  # its claim of the first try holds for 90 s
     loop.verdict_about(annotated)
-    for queue in ("IngestQueue", *QUEUES):
-        wait_for(lambda queue=queue: is_empty(loop, queue), 240, f"{queue} is empty")  # type: ignore[misc]
+    for queue in ("IngestQueue", "RefreshQueue", "PrelabelQueue"):  # what failed four times is put off by some minutes
+        wait_for(lambda queue=queue: is_empty(loop, queue), 480, f"{queue} is empty")  # type: ignore[misc]
     assert task_of(loop, key) == 1
     assert len(set(loop.job_names()) - before) == 1
     assert dead_letters(loop) == 0
