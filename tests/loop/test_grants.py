@@ -23,7 +23,7 @@ from PIL import Image
 from labelloop import artifacts, problem_types
 from labelloop.announcements import announce
 from labelloop.records import Promotion, Suspect, VersionJudged
-from tests.laptop import Loop, wait_until_idle
+from tests.laptop import Loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -160,7 +160,6 @@ class Works:
                 return False
         finally:
             self._deployment.ledger.record_promotion(verdict)
-            wait_until_idle(self._loop, "PromoteQueue")
         before = self._loop.job_names()
         annotated = self._loop.annotate_more(1)
         asked = function.invoke(_message({"model": self._model, "action": "START_TRAINING"})) == {"batchItemFailures": []}
@@ -237,9 +236,12 @@ def _new_image() -> bytes:
 
 @pytest.fixture
 def functions(loop: Loop, first_version: Promotion) -> Iterator[dict[str, Function]]:
-    """The deployed functions by name; new images are nobody's but the tests' meanwhile."""
+    """The deployed functions by name; new images are nobody's but the tests' meanwhile, and no schedule looks."""
     events = boto3.client("events")
-    (rule,) = (rule["Name"] for rule in events.list_rules()["Rules"] if "ImageUploaded" in rule["Name"])
+    rules = [
+        rule["Name"] for rule in events.list_rules()["Rules"] if "ImageUploaded" in rule["Name"] or "Schedule" in rule["Name"]
+    ]
+    assert len(rules) == 2
     found = [Function(dict(each)) for each in boto3.client("lambda").list_functions()["Functions"]]
     # A task of an ingest that was not allowed to ask for its prediction gets it by the next promotion.
     announce(
@@ -249,11 +251,13 @@ def functions(loop: Loop, first_version: Promotion) -> Iterator[dict[str, Functi
         VersionJudged(model=loop.model, version=loop.champion.version),
     )
     loop.wait_until_predicted(loop.champion.version)
-    events.disable_rule(Name=rule)
+    for rule in rules:
+        events.disable_rule(Name=rule)
     try:
         yield {function.name: function for function in found}
     finally:
-        events.enable_rule(Name=rule)
+        for rule in rules:
+            events.enable_rule(Name=rule)
         for function in found:
             function.forget()
 
