@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -377,13 +378,13 @@ def charges(work: Work, free: Mapping[str, str]) -> list[Charge]:
         names = "; ".join(f"{kind} ({', '.join(ids)})" for kind, ids in unknown.items())
         raise ConfigError(PRICES, f"no price for {names}; add a rule to cli/cost.py, or a reason to [free]")
     found: list[Charge] = []
-    for kind, ids in sorted(by_type.items(), key=lambda item: (item[0] in free, item[0])):
+    for kind, ids in sorted(by_type.items()):
         name = kind.removeprefix("AWS::")
         if kind in free:
             found.append(Charge(name, tuple(ids), None, 0, free[kind]))
         else:
             found += [Charge(name, tuple(ids), *part) for part in RULES[kind](work, [work.resources[id] for id in ids])]
-    return [*_training_jobs(work), *found]
+    return sorted([*found, *_training_jobs(work)], key=lambda charge: charge.price is None)
 
 
 def _training_jobs(work: Work) -> Iterator[Charge]:
@@ -532,14 +533,16 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(title: str, lines: Sequence[Line], total: float) -> Table:
-    table = Table(title=escape(title), title_justify="left", show_footer=True)
-    table.add_column("resource", "total")
+    table = Table(title=escape(title), title_justify="left", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("resource", "total", overflow="fold")
     for name in ("count", "quantity"):
         table.add_column(name, justify="right")
     table.add_column("charged by")
-    table.add_column("always free", justify="right")
+    allowances = any(line.free for line in lines)
+    if allowances:
+        table.add_column("always free", justify="right")
     table.add_column("cost", _dollars(total), justify="right", no_wrap=True)
-    table.add_column("why")
+    table.add_column("why", overflow="fold")
     for line in lines:
         quantity, free = (f"{number:,.4g}" if number < 1000 else f"{number:,.0f}" for number in (line.quantity, line.free))
         table.add_row(
@@ -547,7 +550,7 @@ def _table(title: str, lines: Sequence[Line], total: float) -> Table:
             str(line.count or ""),
             quantity if line.charged_by else "",
             line.charged_by or "nothing",
-            free if line.free else "",
+            *([free if line.free else ""] if allowances else []),
             _dollars(line.cost),
             escape(line.why),
         )
@@ -555,4 +558,6 @@ def _table(title: str, lines: Sequence[Line], total: float) -> Table:
 
 
 def _dollars(amount: float) -> str:
+    if 0 < amount < 0.0001:
+        return "<$0.0001"
     return f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"
