@@ -308,10 +308,16 @@ def _logs(work: Work, groups: Sequence[Resource]) -> Iterator[Part]:
 def _alarms(work: Work, alarms: Sequence[Resource]) -> Iterator[Part]:
     metrics = sum(max(1, sum("MetricStat" in m for m in alarm["Properties"].get("Metrics", ()))) for alarm in alarms)
     yield "cloudwatch.alarm", work.usage.months * metrics, "standard resolution, for each metric that an alarm watches"
-
-
-def _metric_filters(work: Work, filters: Sequence[Resource]) -> Iterator[Part]:
-    yield "cloudwatch.metric", work.usage.months * len(filters), "a metric made from a log"
+    own = {
+        (alarm["Properties"]["Namespace"], alarm["Properties"]["MetricName"])
+        for alarm in alarms
+        if not alarm["Properties"].get("Namespace", "AWS/").startswith("AWS/")
+    }
+    yield (
+        "cloudwatch.metric",
+        work.usage.months * len(own),
+        "what alarms watch that functions count themselves; those of AWS are free",
+    )
 
 
 def _secrets(work: Work, secrets: Sequence[Resource]) -> Iterator[Part]:
@@ -358,7 +364,6 @@ RULES: dict[str, Rule] = {
     "AWS::Lambda::EventSourceMapping": _polling,
     "AWS::Lambda::Function": _functions,
     "AWS::Logs::LogGroup": _logs,
-    "AWS::Logs::MetricFilter": _metric_filters,
     "AWS::S3::Bucket": _buckets,
     "AWS::SQS::Queue": _queues,
     "AWS::SecretsManager::Secret": _secrets,

@@ -72,6 +72,14 @@ def test_the_alarms_secrets_and_queues_of_the_template_are_what_is_counted(digit
     assert report(many).idle.total - idle.total == pytest.approx(0.10 * beyond)
 
 
+def test_a_metric_that_a_function_counts_itself_is_charged_once(digits: Resources) -> None:
+    alarm = digits[of_type(digits, "AWS::CloudWatch::Alarm")[0]]
+    own = {**alarm, "Properties": {**alarm["Properties"], "Namespace": "labelloop-prod", "MetricName": "Refused"}}
+    before = quantity(report(digits).idle, "CloudWatch::Alarm", "custom metrics")
+    two = report({**digits, "more/1": own, "more/2": own}).idle
+    assert quantity(two, "CloudWatch::Alarm", "custom metrics") == before + 1
+
+
 def test_a_resource_of_a_new_type_is_named(digits: Resources) -> None:
     new = {**digits, "serving/Nat": {"Type": "AWS::EC2::NatGateway", "Properties": {}}}
     with pytest.raises(ConfigError, match=r"AWS::EC2::NatGateway \(serving/Nat\)"):
