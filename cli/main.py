@@ -175,6 +175,54 @@ def check(
 
 
 @app.command()
+def cost(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Name of a folder under model_configs/: the only one deployed.", show_default="all of them"),
+    ] = None,
+    predictions: Annotated[int, typer.Option(min=0, help="Tasks that each model predicts for people in a month.")] = 0,
+    trainings: Annotated[
+        int | None, typer.Option(min=0, help="Trainings of each model in a month.", show_default="those that --labels cause")
+    ] = None,
+    labels: Annotated[int, typer.Option(min=0, help="Annotations of each model in a month, its first.")] = 0,
+    images: Annotated[int, typer.Option(min=0, help="Images of each model: stored, trained on, predicted anew.")] = 2000,
+    image_kb: Annotated[float, typer.Option(min=0, help="Size of an image in kB.")] = 150,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Minutes of a training.", show_default="max_runtime_minutes of the config")
+    ] = None,
+    predict_ms: Annotated[float, typer.Option(min=0, help="Milliseconds of Lambda for a prediction.")] = 300,
+    spot_share: Annotated[float, typer.Option(min=0, max=1, help="What spot costs of the price on demand.")] = 0.5,
+    stage: Annotated[str, typer.Option(help="The stage whose stacks are priced.")] = "prod",
+    region: Annotated[str, typer.Option(help="The region of AWS whose prices count.")] = "us-east-1",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a stage costs on AWS: idle, with this work, for each more of it, and beside machines that always run.
+
+    Reads the templates that would be deployed and the dated prices of cli/prices.toml; calls no service and needs no account.
+    """
+    from cli import cost as costs
+
+    prices = costs.PriceTable.read(region)
+    configs = ModelConfigs.find()
+    names = [model] if model else configs.names
+    usage = costs.Usage(
+        predictions=predictions,
+        trainings=trainings,
+        labels=labels,
+        images=images,
+        image_kb=image_kb,
+        minutes=minutes,
+        predict_ms=predict_ms,
+        spot_share=spot_share,
+    )
+    found = costs.report([configs[name].config for name in names], costs.synthesize(configs, names, stage), usage, prices, stage)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        costs.show(found, console)
+
+
+@app.command()
 def config_schema(
     write: Annotated[bool, typer.Option("--write", help="Write it beside the models, where their configs look for it.")] = False,
 ) -> None:
