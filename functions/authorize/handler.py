@@ -18,7 +18,7 @@ logger = Logger()
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    header = next((value for name, value in event["headers"].items() if name.lower() == "authorization"), "")
+    header = next((value for name, value in (event.get("headers") or {}).items() if name.lower() == "authorization"), "")
     try:
         policy = authorize(header, event["methodArn"], partial(backend_password, Settings()))
     except RequestError as error:

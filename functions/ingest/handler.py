@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -38,7 +37,7 @@ def ingest() -> Ingest:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    outcome = ingest()((record["messageId"], json.loads(record["body"])) for record in event["Records"])
+    outcome = ingest()((record["messageId"], record["body"]) for record in event["Records"])
     logger.info("ingested", tasks=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
     for key, reason in outcome.refused.items():
         logger.warning("refused", key=key, reason=reason)
