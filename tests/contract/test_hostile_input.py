@@ -13,6 +13,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -257,7 +258,7 @@ def edited(body: Any, changes: list[tuple[int, Any]]) -> Any:
     whole = [json.loads(json.dumps(body))]
     for place, value in changes:
         parent, key = list(itertools.islice(places(whole), 2_000))[place % len(list(itertools.islice(places(whole), 2_000)))]
-        parent[key] = value
+        parent[key] = deepcopy(value)
     return whole[0]
 
 

@@ -141,7 +141,7 @@ STORED: dict[int, Image.Transpose | None] = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_rotation_is_applied(orientation: int, image_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -150,7 +150,8 @@ def test_exif_rotation_is_applied(orientation: int, image_format: str) -> None:
     data = encoded(stored, image_format, exif=exif, quality=95)
     assert near(corners(data), [RED, GREEN, BLUE, WHITE], 24)
     info = imaging.inspect(data)
-    assert (info.width, info.height) == (64, 48)
+    assert (info.width, info.height) == imaging.upright_size(data) == (64, 48)
+    assert imaging.survey(data)[1].size == (64, 48)
 
 
 def test_one_pixel_is_an_image() -> None:
@@ -257,8 +258,8 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "zero width": (png_header(0, 5), "no pixels|cannot be read|not an image"),
     "ten gigapixels": (png_header(100_000, 100_000), "megapixels"),
     "a little too much": (png_header(10_000, 8_001), "80 megapixels; at most 80"),
-    "no data for its header": (png_header(4_000, 5_000), "broken"),
-    "more memory than an image is given": (png_header(8_000, 8_000), "decoding takes 384 MB; at most 256 MB"),
+    "no data for its header": (png_header(4_000, 3_000), "broken"),
+    "more memory than an image is given": (png_header(8_000, 8_000), "decoding takes [0-9]+ MB; at most 128 MB"),
     "a line": (png_header(70_000, 1), "70000 pixels long; at most 65535"),
     "a JPEG that claims too much": (claiming(SMALL_JPEG, 10_000, 10_000), "megapixels"),
     "a progressive JPEG that claims too much": (claiming(PROGRESSIVE, 8_000, 6_000), "decoding takes [0-9]+ MB"),
@@ -410,7 +411,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
             inside[0] -= 1
 
     monkeypatch.setattr(imaging, "_load", watched)
-    large = encoded(Image.new("RGB", (2_000, 1_500)), "PNG", compress_level=1)
+    large = encoded(Image.new("RGB", (2_500, 2_000)), "PNG", compress_level=1)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: imaging.decode(large, width=8, height=8, mode="L"), range(8)))
     assert most == [1]

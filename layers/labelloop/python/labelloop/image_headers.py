@@ -50,7 +50,7 @@ def kept_aside(data: bytes) -> int:
             return _check_jpeg(data)
         if data.startswith(_TIFF):
             _check_tiff(data)
-    except (struct.error, IndexError):  # it ends too soon
+    except (struct.error, IndexError, ValueError):  # it ends too soon, or has no components
         return 0
     if data.startswith(_BIG_TIFF):
         raise ImageError("a BigTIFF, which is not read; save it as a plain TIFF")

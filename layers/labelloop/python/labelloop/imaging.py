@@ -6,12 +6,13 @@ model's input. Pixels and the memory for them are capped by the header, before a
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -21,11 +22,20 @@ from labelloop.image_headers import BoundedReader, kept_aside, webp_size
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000
 MAX_SIDE = 65_535  # pixels, as in a JPEG; resizing takes memory for each
-MAX_MEMORY = 256_000_000  # bytes that decoding one image may take; a JPEG is decoded scaled and rarely feels it
+MAX_MEMORY = 128_000_000  # bytes that decoding one image may take; a JPEG is decoded scaled and rarely feels it
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 Mode = Literal["L", "RGB"]
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SMALL = 16_000_000  # bytes; several images of that are decoded at once, of the others one
 _LARGE_ONES = Lock()
 
@@ -48,14 +58,20 @@ class _Opened:
     height: int
     memory: int
 
-    @property
-    def turn(self) -> AbstractContextManager[object]:
-        return _LARGE_ONES if self.memory > _SMALL else nullcontext()
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """While its pixels take memory; they are gone afterwards."""
+        with _LARGE_ONES if self.memory > _SMALL else nullcontext():
+            try:
+                yield
+            finally:
+                self.image.close()
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """As a person sees it. Pillow decodes a PNG for this."""
-        return (self.height, self.width) if _orientation(self.image) in _SIDEWAYS else (self.width, self.height)
+        """As a person sees it. Pillow decodes a PNG for this, and turns a TIFF by itself."""
+        sideways = not isinstance(self.image, TiffImageFile) and _orientation(self.image) in _SIDEWAYS
+        return (self.height, self.width) if sideways else (self.width, self.height)
 
 
 def inspect(data: bytes) -> ImageInfo:
@@ -68,15 +84,15 @@ def survey(data: bytes) -> tuple[ImageInfo, Image.Image]:
     opened = _open(data, "RGB", (64, 64))
     image = opened.image
     name = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # Pillow names some JPEGs of phones "MPO"
-    with opened.turn:
-        width, height = opened.upright_size
-        return ImageInfo(format=name, width=width, height=height), _load(image, "RGB")
+    width, height = opened.upright_size
+    decoded = _load(image, "RGB")
+    return ImageInfo(format=name, width=width, height=height), _turned(decoded, _orientation(image))
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
     """Width and height in pixels as a person sees the image. Raises `ImageError`."""
     opened = _open(data, "L", (1, 1))
-    with opened.turn:
+    with opened.in_turn():
         return opened.upright_size
 
 
@@ -87,8 +103,11 @@ def decode(data: bytes, *, width: int, height: int, mode: Mode, oversampling: fl
     lies on white. Raises `ImageError`.
     """
     opened = _open(data, mode, (round(width * oversampling), round(height * oversampling)))
-    with opened.turn:
-        return _load(opened.image, mode).resize((width, height), Image.Resampling.BILINEAR)
+    with opened.in_turn():
+        image = _load(opened.image, mode)
+        orientation = _orientation(opened.image)
+        size = (height, width) if orientation in _SIDEWAYS else (width, height)
+        return _turned(image.resize(size, Image.Resampling.BILINEAR), orientation)
 
 
 def _open(data: bytes, mode: Mode, least: tuple[int, int]) -> _Opened:
@@ -130,23 +149,25 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _bytes_a_pixel(image: Image.Image, mode: Mode) -> int:
-    """The most memory that decoding takes."""
-    stored = 1 if image.mode in ("1", "L", "P") else 4
-    each = 2 * stored + (8 if image.mode.startswith("I") else 0)  # turned upright; a 16-bit image is made 8 bits deep
+    """The most memory that decoding takes, as measured."""
+    if image.format == "WEBP":  # two canvases, the frame, the image, what becomes of it
+        return 17
+    each = 1 if image.mode in ("1", "L", "P") else 4
+    if image.mode.startswith("I"):
+        each += 8
     if _is_transparent(image):
-        each += 4 if image.mode == "RGBA" else 8
-    if image.mode != mode:
+        each += (4 if image.mode == "RGBA" else 8) + (mode == "L")
+    elif image.mode != mode:
         each += 1 if mode == "L" else 4
-    if image.format == "WEBP" or (isinstance(image, TiffImageFile) and image.info.get("compression") != "raw"):
-        each += 8  # two canvases; a strip that is the whole picture
+    if isinstance(image, TiffImageFile) and image.info.get("compression") != "raw":
+        each += 8  # a strip may be the whole picture
     return each
 
 
 def _load(image: Image.Image, mode: Mode) -> Image.Image:
-    """Decode to `mode`, upright."""
+    """Decode to `mode`; the orientation is known for sure from now on."""
     try:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
         return _to_8_bit(image, mode)
     except ImageError:
         raise
@@ -172,6 +193,10 @@ def _to_8_bit(image: Image.Image, mode: Mode) -> Image.Image:
         white.paste(image, mask=image)
         image = white
     return image if image.mode == mode else image.convert(mode)
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
 
 
 def _orientation(image: Image.Image) -> int:

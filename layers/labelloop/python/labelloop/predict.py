@@ -6,6 +6,7 @@ promotion or a rollback is served without a deployment. One broken image spoils 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -46,7 +47,9 @@ FETCH_THREADS = 32  # an image waits for S3, not for a core
 MAX_BODY = 6 * 2**20  # bytes; Lambda takes no larger request
 MAX_TASKS = 5_000  # of a request; their answers have to fit Lambda's, of 6 MB as well
 _USUAL_BYTES = 2 * 2**20  # of an image's file; that many a thread are always there, larger ones wait for room
-_ROOM = 96 * 2**20  # bytes; for any file that is read
+_ROOM = imaging.MAX_BYTES  # for any file that is read
+_MMAP_THRESHOLD = -3  # as glibc's malloc.h has it
+_KEPT_BLOCK = 4 * 2**20  # bytes
 _SHOWN = 100  # characters of an address in an error
 _LONGEST_KEY = 1024  # bytes, in S3
 _SEPARATOR = re.compile(r"[/\\?&=]")
@@ -80,6 +83,7 @@ class TaskPredictor:
         self._configs, self._images, self._champions, self._connect = configs, images, champions, connect
         self._label_studio_host = urlsplit(label_studio_url).netloc
         self._room = _Room(_ROOM)
+        _return_memory_at_once()
 
     def predict(self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None) -> list[Predicted | LabelloopError]:
         """What the version says of each task, or why it says nothing of that one. Raises `ModelError`, `StorageError`.
@@ -92,11 +96,21 @@ class TaskPredictor:
         _ = folder.label_config  # read before there are threads: msgspec crashes where two meet a type for the first time
         cores = BoundedSemaphore(os.cpu_count() or 1)
 
+        def examine(task: PredictTask, limit: int) -> Predicted:
+            data = self._fetch(folder, task, limit)
+            with cores:
+                return _examine(onnx, folder, task, data, context)
+
         def answer(task: PredictTask) -> Predicted | LabelloopError:
             try:
-                with self._image(folder, task) as data, cores:
-                    return _examine(onnx, folder, task, data, context)
+                try:
+                    return examine(task, _USUAL_BYTES)
+                except TooLargeError as error:
+                    size = error.size
+                with self._room.take(min(size, imaging.MAX_BYTES)):
+                    return examine(task, imaging.MAX_BYTES)
             except LabelloopError as error:
+                error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the image
                 return error
 
         with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
@@ -107,17 +121,6 @@ class TaskPredictor:
 
     def card(self, champion: Champion) -> ModelCard:
         return self._load(champion).card
-
-    @contextmanager
-    def _image(self, folder: ModelFolder, task: PredictTask) -> Iterator[bytes]:
-        """The task's image while there is room for it: of a request's images just some are in memory at a time."""
-        size, data = 0, b""
-        try:
-            data = self._fetch(folder, task, _USUAL_BYTES)
-        except TooLargeError as error:
-            size = error.size
-        with self._room.take(min(size, imaging.MAX_BYTES)):
-            yield self._fetch(folder, task, imaging.MAX_BYTES) if size else data
 
     def _fetch(self, folder: ModelFolder, task: PredictTask, limit: int) -> bytes:
         """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else.
@@ -230,6 +233,13 @@ class Predictor:
             champion = self._champions.read(model)
             self._pointers[model] = (time.monotonic(), champion)
         return champion
+
+
+def _return_memory_at_once() -> None:
+    """Have large blocks go back to the system when they are freed; glibc keeps those of a few MB, for each thread."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS has none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK)
 
 
 class _Room:
