@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -22,9 +22,10 @@ from labelloop.image_headers import BoundedReader, kept_aside, webp_size
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000
 MAX_SIDE = 65_535  # pixels, as in a JPEG; resizing takes memory for each
-MAX_MEMORY = 128_000_000  # bytes that decoding one image may take; a JPEG is decoded scaled and rarely feels it
+MAX_MEMORY = 144_000_000  # bytes that decoding one image may take; a JPEG is decoded scaled and rarely feels it
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 Mode = Literal["L", "RGB"]
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20  # bytes of comments that Pillow unpacks; its own limit is 64 MB
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPRIGHT = {
