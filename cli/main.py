@@ -490,11 +490,11 @@ def redrive(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put messages that failed five times back into their queues, once what they failed at is mended.
+    """Put messages that were given up back into their queues, once what they failed at is mended.
 
     They lie in the dead-letter queues for two weeks, and an alarm says so. --list shows them: which queue, how many, how old,
     what they say; the function's log says why they failed. Nothing is lost when this is interrupted: run it again. A message
-    that fails five times more comes back.
+    that goes on failing comes back.
     """
     from cli import redrive as dead_letters
 

@@ -24,7 +24,7 @@ def passwords() -> KnownPasswords:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    header = next((value for name, value in event["headers"].items() if name.lower() == "authorization"), "")
+    header = next((value for name, value in (event.get("headers") or {}).items() if name.lower() == "authorization"), "")
     try:
         policy = authorize(header, event["methodArn"], passwords())
     except RequestError as error:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from functools import cache
 from typing import Any
 
-import boto3
 from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from labelloop import aws
 from labelloop.artifacts import Bucket, Champions
 from labelloop.ingest import Ingest
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
 from labelloop.prelabel_queue import PrelabelQueue
+from labelloop.redelivery import Redelivery
 from labelloop.settings import Settings
 
 logger = Logger()
+redelivery = Redelivery(log=logger.warning)
 
 
 @cache
 def ingest() -> Ingest:
     settings = Settings()
-    prelabel = PrelabelQueue(settings.prelabel_queue, boto3.client("sqs"))
+    prelabel = PrelabelQueue(settings.prelabel_queue, aws.client("sqs"))
     return Ingest(
         ModelConfigs.find(),
         Bucket(settings.images_bucket),
@@ -38,10 +39,11 @@ def ingest() -> Ingest:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    outcome = ingest()((record["messageId"], json.loads(record["body"])) for record in event["Records"])
+    outcome = ingest()((record["messageId"], record["body"]) for record in event["Records"])
     logger.info("ingested", tasks=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
     for key, reason in outcome.refused.items():
         logger.warning("refused", key=key, reason=reason)
     for reason, messages in Counter(outcome.again.values()).items():
         logger.error("comes again", messages=messages, reason=reason)
-    return {"batchItemFailures": [{"itemIdentifier": message} for message in outcome.again]}
+    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in outcome.again]}
+    return redelivery(event, answer, dict)

@@ -11,7 +11,7 @@ from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import LabelloopError, UnknownModelError, http_status
+from labelloop.errors import LabelloopError, RequestError, UnknownModelError, http_status
 from labelloop.model_config import ModelConfigs
 from labelloop.predict import Predictor, TaskPredictor
 from labelloop.settings import Settings
@@ -36,17 +36,14 @@ def predictor() -> Predictor:
 
 @logger.inject_lambda_context(clear_state=True)
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    body = (event.get("body") or "").encode()
-    if event.get("isBase64Encoded"):
-        body = base64.b64decode(body)
     model = event["pathParameters"]["model"]
     logger.append_keys(model=model)
     try:
         match event["resource"].rpartition("/")[2]:
             case "setup":
-                return _answer(200, predictor().setup(model, body))
+                return _answer(200, predictor().setup(model, _body(event)))
             case "predict":
-                response = predictor().predict(model, body)
+                response = predictor().predict(model, _body(event))
                 logger.info("predicted", tasks=len(response.results), version=response.model_version)
                 return _answer(200, response)
             case "versions":
@@ -59,6 +56,15 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     except Exception:
         logger.exception("failed")
         return _answer(500, {"error": "labelloop failed; its log knows why", "request_id": context.aws_request_id})
+
+
+def _body(event: dict[str, Any]) -> bytes:
+    """The request's body; half a character in it stays one, and is no JSON."""
+    body = (event.get("body") or "").encode(errors="surrogatepass")
+    try:
+        return base64.b64decode(body) if event.get("isBase64Encoded") else body
+    except ValueError as error:
+        raise RequestError(f"the body is no base64: {error}") from error
 
 
 def _answer(status: int, body: Any) -> dict[str, Any]:

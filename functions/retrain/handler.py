@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
 from labelloop.artifacts import Bucket
-from labelloop.errors import LabelloopError, NotSetUpError, ServiceError
+from labelloop.errors import LabelloopError, NotSetUpError, ServiceError, UnknownModelError
 from labelloop.label_studio.access import connect
 from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
@@ -65,7 +65,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     for record in event["Records"]:
         try:
             signal = msgspec.json.decode(record["body"], type=TrainingSignal)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no text, not of the type; nested too deep
             logger.error("no training signal", message_id=record["messageId"], reason=str(error))
             failed.add(record["messageId"])
             continue
@@ -74,11 +74,13 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     for model, signals in messages.items():
         try:
             outcome = reconciler().reconcile(model, asked=any(action == ASKED for _, action in signals))
-        except NotSetUpError as error:  # asking again helps nobody: the schedule looks once it is set up
-            logger.warning("not set up", model=model, reason=str(error))
-        except Exception as error:  # also one that nobody foresaw: the other models' messages are done with
-            foreseen = isinstance(error, LabelloopError)
-            logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__, exc_info=not foreseen)
+        except (NotSetUpError, UnknownModelError) as error:  # asking again helps nobody: the schedule looks once it is set up
+            logger.warning("refused", model=model, reason=str(error), error=type(error).__name__)
+        except LabelloopError as error:
+            logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
+            failed.update(message for message, _ in signals)
+        except Exception:  # a fault of ours; the other models' messages have nothing to do with it
+            logger.exception("failed", model=model)
             failed.update(message for message, _ in signals)
         else:
             logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)

@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -83,3 +84,19 @@ def backend(empty_backend: Backend) -> Backend:
     """Version 1 serves: `examples.brightness_model`."""
     empty_backend.promote(1, examples.brightness_model())
     return empty_backend
+
+
+@pytest.fixture
+def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Backend:
+    """The predict function with the model `spots`, whose champion finds bright quadrants, beside digits."""
+    for name in ("config.yaml", "labeling_template.xml"):
+        target = tmp_path / "digits" / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((examples.REPOSITORY / "model_configs" / "digits" / name).read_bytes())
+    examples.make_model_folder(tmp_path, "spots", "detection", ["spot", "hole"])
+    monkeypatch.setenv("LABELLOOP_MODEL_CONFIGS", str(tmp_path))
+    backend: Backend = request.getfixturevalue("empty_backend")
+    onnx = examples.quadrant_model("spots", ["spot", "hole"])
+    backend.artifacts.put(artifacts.onnx_key("spots", 1), onnx)
+    Champions(backend.artifacts).swap(examples.champion(1, onnx, "spots"), tag=None)
+    return backend

@@ -17,7 +17,7 @@ import pytest
 
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError
+from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError, UnknownModelError
 from labelloop.ledger import Ledger
 from labelloop.retrain import Outcome
 from tests import examples
@@ -115,11 +115,25 @@ def test_an_error_that_nobody_foresaw_takes_no_other_models_messages_along(monke
     assert [model for model, _ in reconciler.asked] == ["digits", "faces"]
 
 
-@pytest.mark.parametrize("body", ["no json", "[]", "{}", '{"action": null}', '{"model": 3, "action": "x"}', ""])
+@pytest.mark.parametrize(
+    "body",
+    ["no json", "[]", "{}", '{"action": null}', '{"model": 3, "action": "x"}', "", "\ud800", "[" * 100_000],
+    ids=lambda body: ascii(body)[:30],
+)
 def test_a_message_that_is_no_signal_fails_alone(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     reconciler = Reconciler()
     assert retrain(monkeypatch, reconciler, body, signal("digits")) == ["m0"]
     assert reconciler.asked == [("digits", False)]
+
+
+def test_a_model_that_there_is_not_is_said_and_does_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert retrain(monkeypatch, Reconciler(digits=UnknownModelError("no model")), signal("digits"), signal("faces")) == []
+
+
+def test_a_fault_of_ours_with_one_model_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler(digits=RuntimeError("a bug"))
+    assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces"), signal("digits")) == ["m0", "m2"]
+    assert [model for model, _ in reconciler.asked] == ["digits", "faces"]
 
 
 def test_a_model_that_is_not_set_up_yet_fills_no_dead_letter_queue(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +203,7 @@ def test_ingest_reports_only_what_shall_come_again(
         events = [{"detail": {"object": {"key": f"images/digits/{name}"}}} for name in names]
         return failures(handler.handler(sqs_event(*events), LambdaContext()))
 
+    assert failures(handler.handler(sqs_event("no json"), LambdaContext())) == ["m0"]
     assert deliver("good.png", "broken.png", "gone.png") == []
     assert label_studio.paths == ["POST /api/projects/3/import?return_task_ids=true"]
     assert [task["data"]["image"] for task in label_studio.requests[0].json] == [f"s3://{bucket.name}/images/digits/good.png"]
@@ -297,6 +312,11 @@ def test_failed_sign_ins_are_counted_and_no_password_is_written_down(
     with pytest.raises(Exception, match=r"^Unauthorized$"):
         authorize({"Authorization": "Bearer x"})
     assert failures() == [1.0, 1.0, 1.0]
+
+
+def test_an_event_without_headers_is_one_without_credentials(aws: str) -> None:
+    with pytest.raises(Exception, match=r"^Unauthorized$"):
+        examples.load_handler("authorize").handler({"headers": None, "methodArn": "arn:a/v1/GET/x"}, LambdaContext())
 
 
 # promote, refresh

@@ -145,7 +145,7 @@ def test_settings_does_read_it() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    [file for file in sources(LIBRARY, "functions") if file != FUNCTIONS["ingest"]],
+    sources(LIBRARY, "functions"),
     ids=lambda file: str(file.relative_to(REPOSITORY)),
 )
 def test_every_client_of_aws_has_limits_of_ours(file: Path) -> None:

@@ -23,7 +23,7 @@ from labelloop.predict import POINTER_SECONDS
 from tests import examples
 from tests.contract.conftest import Backend
 from tests.examples import brightness_model, png
-from tests.recording_server import Answer
+from tests.recording_server import Answer, serving
 
 
 def task(image: Any, number: int = 1) -> dict[str, Any]:
@@ -224,6 +224,37 @@ ODD_TASKS: dict[str, tuple[Any, str]] = {
     "a broken s3 address": (task("s3://[x/images/digits/a.png"), "lies outside"),
     "a data address": (task("data:image/png;base64,AAAA"), "neither"),
     "an upload that is gone": (task("/data/upload/1/gone.png"), "404"),
+    "upwards in a local file": (task("/data/local-files/?d=../../etc/passwd"), "neither"),
+    "hidden upwards in a local file": (task("/data/local-files/?d=a%2f..%2f..%2fetc"), "neither"),
+    "backslashes upwards": (task("/data/upload/..\\..\\api/users"), "neither"),
+    "upwards, encoded twice": (task("/data/upload/%252e%252e/%252e%252e/api/users"), "neither"),
+    "slashes encoded": (task("/data/upload/..%2f..%2fapi/users"), "neither"),
+    "a user at another host": (task("http://{host}:pw@127.0.0.1:9/data/upload/1/a.png"), "neither"),
+    "a user at Label Studio": (task("http://user@{host}/data/upload/1/a.png"), "neither"),
+    "another port": (task("http://127.0.0.1:1/data/upload/1/a.png"), "neither"),
+    "no port": (task("http://127.0.0.1/data/upload/1/a.png"), "neither"),
+    "a port that is none": (task("http://127.0.0.1:99999999/data/upload/1/a.png"), "neither"),
+    "Label Studio's name as a beginning": (task("http://{host}.example.com/data/upload/1/a.png"), "neither"),
+    "Label Studio behind a backslash": (task("http://evil.example\\@{host}/data/upload/1/a.png"), "neither|no address"),
+    "the loopback by another name": (task("http://localhost:9/data/upload/1/a.png"), "neither"),
+    "the loopback of IPv6": (task("http://[::1]/data/upload/1/a.png"), "neither"),
+    "the loopback in IPv6": (task("http://[::ffff:127.0.0.1]:9/data/upload/1/a.png"), "neither"),
+    "the loopback as a number": (task("http://2130706433/data/upload/1/a.png"), "neither"),
+    "a private address": (task("http://10.0.0.1/data/upload/1/a.png"), "neither"),
+    "instance credentials in IPv6": (task("http://[fd00:ec2::254]/data/upload/1/a.png"), "neither"),
+    "a scheme in capitals": (task("FILE:///etc/passwd"), "neither"),
+    "a scheme without a host": (task("http:/data/upload/1/a.png"), "neither"),
+    "many slashes": (task("////127.0.0.1:9/data/upload/1/a.png"), "neither"),
+    "a slash and a backslash": (task("/\\127.0.0.1:9/data/upload/1/a.png"), "neither"),
+    "ftp at Label Studio's host": (task("ftp://{host}/data/upload/1/a.png"), "neither"),
+    "s3 in capitals": (task("S3://{images}/images/digits/a.png"), "neither"),
+    "a user at the bucket": (task("s3://x@{images}/images/digits/a.png"), "lies outside"),
+    "a path upwards to another bucket": (task("s3://{images}/images/digits/../../../other/a.png"), "lies outside"),
+    "a step on the spot": (task("s3://{images}/images/digits/./a.png"), "lies outside"),
+    "the folder of all models": (task("s3://{images}/images/a.png"), "lies outside"),
+    "a key with a line break": (task("s3://{images}/images/digits/a\nb.png"), "lies outside"),
+    "a key with a nought": (task("s3://{images}/images/digits/a\0.png"), "lies outside"),
+    "a key longer than any": (task("s3://{images}/images/digits/" + "a" * 2_000), "does not exist"),
 }
 
 
@@ -296,6 +327,63 @@ def test_an_upload_is_fetched_with_the_servers_token(backend: Backend) -> None:
         "GET /data/upload/1/b%20c.png",
     ]
     assert {request.headers["authorization"] for request in backend.label_studio.requests} == {"Token 0123456789abcdef"}
+
+
+def test_addresses_that_are_refused_are_asked_of_nobody(backend: Backend) -> None:
+    host = backend.label_studio.url.removeprefix("http://")
+    refused = [odd for odd, message in ODD_TASKS.values() if message.startswith("neither")]
+    _, answer = backend.predict(*json.loads(json.dumps(refused).replace("{host}", host)))
+    assert len(answer["results"]) == len(refused) > 30
+    assert backend.label_studio.requests == []
+
+
+def test_a_redirect_is_not_followed_and_takes_the_token_nowhere(backend: Backend) -> None:
+    with serving(lambda _: Answer(body=png(6))) as elsewhere:
+        for status in (301, 302, 303, 307, 308):
+            for place in (elsewhere.url, elsewhere.url.removeprefix("http:"), backend.label_studio.url):
+                moved = Answer(status, headers={"Location": f"{place}/data/upload/1/b.png"})
+                backend.label_studio.answer = lambda _, moved=moved: moved
+                _, answer = backend.predict(task("/data/upload/1/a.png"))
+                assert str(status) in answer["results"][0]["error"]
+        assert elsewhere.requests == []
+    assert set(backend.label_studio.paths) == {"GET /data/upload/1/a.png"}
+
+
+def test_an_address_cannot_make_the_token_travel_unencrypted(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Label Studio is asked at its configured address, here one of https that nobody answers, whatever the task says."""
+    host = backend.label_studio.url.removeprefix("http://")
+    monkeypatch.setenv("LABELLOOP_LABEL_STUDIO_URL", f"https://{host}")
+    _, answer = backend.predict(task(f"http://{host}/data/upload/1/a.png"))
+    assert answer["results"][0].keys() == {"error"}
+    assert "authorization" not in json.dumps([request.headers for request in backend.label_studio.requests])
+    assert backend.label_studio.requests == []
+
+
+def test_a_control_character_in_an_address_changes_no_request(backend: Backend) -> None:
+    backend.label_studio.answer = lambda _: Answer(body=png(6))
+    backend.predict(*map(task, ["/data/upload/1/a\r\nX-Evil: 1.png", "/data/upload/1/a%0d%0aX-Evil: 1", "/data/upload/\0/a.png"]))
+    assert len(backend.label_studio.requests) == 3
+    for request in backend.label_studio.requests:
+        assert "x-evil" not in request.headers
+        assert request.path.startswith("/data/upload/")
+
+
+def test_an_upload_that_is_too_large_is_not_read_to_its_end(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labelloop.imaging.MAX_BYTES", 3_000_000)
+    backend.label_studio.answer = lambda _: Answer(body=bytes(4_000_000))
+    large = backend.put_image("large.png", bytes(4_000_000))
+    _, answer = backend.predict(task("/data/upload/1/a.png"), task(large), task(backend.put_image("a.png", png(3))))
+    assert choices(answer) == [None, None, "3"]
+    assert all("bytes" in result["error"] for result in answer["results"][:2])
+
+
+def test_large_images_wait_for_room_and_all_are_predicted(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labelloop.predict._USUAL_BYTES", 10)
+    monkeypatch.setattr("labelloop.predict._ROOM", 1_000)
+    monkeypatch.setattr("labelloop.imaging.MAX_BYTES", 1_000)
+    addresses = [backend.put_image(f"{digit}.png", png(digit)) for digit in range(10)]
+    _, answer = backend.predict(*map(task, addresses * 5))
+    assert choices(answer) == [str(digit) for digit in range(10)] * 5
 
 
 def test_a_label_studio_that_fails_spoils_only_its_own_images(backend: Backend) -> None:

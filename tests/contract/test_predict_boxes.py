@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from labelloop import artifacts
 from labelloop.artifacts import Champions, s3_uri
 from labelloop.records import Champion
 from tests import examples
 from tests.contract.conftest import Backend
 from tests.examples import encoded, quadrant_model
-
-
-@pytest.fixture
-def detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Backend:
-    """The predict function with the model `spots`, whose champion finds bright quadrants, beside digits."""
-    for name in ("config.yaml", "labeling_template.xml"):
-        target = tmp_path / "digits" / name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes((examples.REPOSITORY / "model_configs" / "digits" / name).read_bytes())
-    examples.make_model_folder(tmp_path, "spots", "detection", ["spot", "hole"])
-    monkeypatch.setenv("LABELLOOP_MODEL_CONFIGS", str(tmp_path))
-    backend: Backend = request.getfixturevalue("empty_backend")
-    onnx = quadrant_model("spots", ["spot", "hole"])
-    backend.artifacts.put(artifacts.onnx_key("spots", 1), onnx)
-    Champions(backend.artifacts).swap(examples.champion(1, onnx, "spots"), tag=None)
-    return backend
 
 
 def quadrants(*bright: int, size: tuple[int, int] = (64, 32)) -> bytes:

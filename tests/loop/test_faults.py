@@ -135,18 +135,6 @@ def failing(loop: Loop, said: dict[str, str]) -> Iterator[None]:
         )
 
 
-@contextmanager
-def faster(loop: Loop, queue: str) -> Iterator[None]:
-    """A queue whose failed messages come again after twenty seconds, whatever its function says of them."""
-    sqs: Any = boto3.client("sqs")
-    url, before = loop.deployment.outputs[queue], attributes(loop, queue)["VisibilityTimeout"]
-    sqs.set_queue_attributes(QueueUrl=url, Attributes={"VisibilityTimeout": "20"})
-    try:
-        yield
-    finally:
-        sqs.set_queue_attributes(QueueUrl=url, Attributes={"VisibilityTimeout": before})
-
-
 def task_of(loop: Loop, key: str) -> int:
     """How many tasks an image has."""
     address = artifacts.s3_uri(loop.deployment.images.name, key)
@@ -168,7 +156,12 @@ def signals_seen(loop: Loop) -> int:
 
 @pytest.mark.parametrize(
     "queue",
-    ["RetrainQueue", "PromoteQueue", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RefreshQueue", "PrelabelQueue"))],
+    [
+        "IngestQueue",
+        "RetrainQueue",
+        "PromoteQueue",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("RefreshQueue", "PrelabelQueue")),
+    ],
 )
 def test_a_poison_message_lies_among_the_dead_letters_at_once(loop: Loop, first_version: Promotion, queue: str) -> None:
     """What is no message comes again at once, is given up, and keeps no other message waiting."""
@@ -331,15 +324,14 @@ def test_label_studio_may_be_away_while_everybody_wants_it(loop: Loop, first_ver
     """Every message comes again: an image becomes one task, a pressed button one training, and the predictions are made."""
     annotated, before, number = loop.annotate_more(1), set(loop.job_names()), len(loop.listed())
     key = f"{loop.folder.config.images_prefix}outage {number}.png"
-    with faster(loop, "IngestQueue"):
-        said = dict.fromkeys(("ingest", "refresh", "prelabel"), "comes again") | {"retrain": "not reconciled"}
-        with down(loop, "label_studio"), failing(loop, said):
-            loop.deployment.images.put(key, examples.png(7, size=(8, 8), salt=number))
-            send(loop, "RefreshQueue", {"model": loop.model, "version": loop.champion.version})
-            send(loop, "PrelabelQueue", {"model": loop.model, "after": 0, "upto": 10_000})
-            assert loop.webhook("START_TRAINING") == 201
-            schedule(loop)
-        wait_for(lambda: task_of(loop, key), 180, "the image is a task")  # its claim of the first try holds for 90 s
+    said = dict.fromkeys(("ingest", "refresh", "prelabel"), "comes again") | {"retrain": "not reconciled"}
+    with down(loop, "label_studio"), failing(loop, said):
+        loop.deployment.images.put(key, examples.png(7, size=(8, 8), salt=number))
+        send(loop, "RefreshQueue", {"model": loop.model, "version": loop.champion.version})
+        send(loop, "PrelabelQueue", {"model": loop.model, "after": 0, "upto": 10_000})
+        assert loop.webhook("START_TRAINING") == 201
+        schedule(loop)
+    wait_for(lambda: task_of(loop, key), 300, "the image is a task")  # its claim of the first try holds for 90 s
     loop.verdict_about(annotated)
     for queue in ("IngestQueue", "RefreshQueue", "PrelabelQueue"):  # what failed four times is put off by some minutes
         wait_for(lambda queue=queue: is_empty(loop, queue), 480, f"{queue} is empty")  # type: ignore[misc]

@@ -105,7 +105,14 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _message(body: dict[str, Any]) -> dict[str, Any]:
-    record = {"messageId": "1", "eventSource": "aws:sqs", "receiptHandle": "1", "attributes": {}, "body": json.dumps(body)}
+    record = {
+        "messageId": "1",
+        "eventSource": "aws:sqs",
+        "eventSourceARN": "arn:aws:sqs:us-east-1:000000000000:none",
+        "receiptHandle": "1",
+        "attributes": {"ApproximateReceiveCount": "1"},
+        "body": json.dumps(body),
+    }
     return {"Records": [record]}
 
 

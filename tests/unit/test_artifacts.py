@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions, is_plain_key, parse_s3_uri, s3_uri
-from labelloop.errors import ConflictError, ModelError, StorageError
+from labelloop.errors import ConflictError, ModelError, StorageError, TooLargeError
 from tests import examples
 
 ODD_NAMES = (
@@ -85,8 +85,12 @@ def test_many_keys_are_listed(bucket: Bucket) -> None:
 def test_an_object_too_large_to_hold_is_not_read(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "_MAX_OBJECT_BYTES", 10)
     bucket.put("large", bytes(11))
-    with pytest.raises(StorageError, match="11 bytes"):
+    with pytest.raises(TooLargeError, match="11 bytes"):
         bucket.get("large")
+    assert bucket.get("large", limit=11) == bytes(11)
+    with pytest.raises(TooLargeError) as caught:
+        bucket.get("large", limit=5)
+    assert caught.value.size == 11
 
 
 def test_storage_that_does_not_answer_is_a_storage_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -140,7 +141,7 @@ STORED: dict[int, Image.Transpose | None] = {
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_rotation_is_applied(orientation: int, image_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -149,7 +150,8 @@ def test_exif_rotation_is_applied(orientation: int, image_format: str) -> None:
     data = encoded(stored, image_format, exif=exif, quality=95)
     assert near(corners(data), [RED, GREEN, BLUE, WHITE], 24)
     info = imaging.inspect(data)
-    assert (info.width, info.height) == (64, 48)
+    assert (info.width, info.height) == imaging.upright_size(data) == (64, 48)
+    assert imaging.survey(data)[1].size == (64, 48)
 
 
 def test_one_pixel_is_an_image() -> None:
@@ -232,8 +234,20 @@ def claiming(data: bytes, width: int, height: int) -> bytes:
     raise AssertionError("no start of frame")
 
 
+def one_by_one(jpeg: bytes) -> bytes:
+    """A baseline JPEG whose first scan says that it holds one of the three colour components."""
+    place = jpeg.index(b"\xff\xda") + 4
+    return jpeg[:place] + b"\1" + jpeg[place + 1 :]
+
+
+def webp_header(width: int, height: int) -> bytes:
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + bytes(8)
+
+
 SMALL_JPEG = encoded(quarters(), "JPEG")
-PROGRESSIVE = encoded(quarters(), "JPEG", progressive=True)
+SMALL_444 = encoded(quarters(), "JPEG", subsampling=0)
+PROGRESSIVE = encoded(quarters(), "JPEG", progressive=True, subsampling=0)
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
     "text": (b"these are no pixels", "not an image"),
@@ -244,9 +258,13 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "zero width": (png_header(0, 5), "no pixels|cannot be read|not an image"),
     "ten gigapixels": (png_header(100_000, 100_000), "megapixels"),
     "a little too much": (png_header(10_000, 8_001), "80 megapixels; at most 80"),
-    "no data for its header": (png_header(8_000, 10_000), "broken"),
+    "no data for its header": (png_header(4_000, 3_000), "broken"),
+    "more memory than an image is given": (png_header(8_000, 9_000), "decoding takes [0-9]+ MB; at most 144 MB"),
+    "a line": (png_header(70_000, 1), "70000 pixels long; at most 65535"),
     "a JPEG that claims too much": (claiming(SMALL_JPEG, 10_000, 10_000), "megapixels"),
-    "a progressive JPEG that claims too much": (claiming(PROGRESSIVE, 8_000, 6_000), "48 megapixels; at most 40"),
+    "a progressive JPEG that claims too much": (claiming(PROGRESSIVE, 8_000, 6_000), "decoding takes [0-9]+ MB"),
+    "a JPEG whose colours come one after the other": (one_by_one(claiming(SMALL_444, 8_000, 6_000)), "decoding takes [0-9]+ MB"),
+    "a WebP that claims too much": (webp_header(16_000, 16_000), "256 megapixels"),
     "a JPEG cut off": (FORMATS["JPEG"][:-200], "broken|cannot be read"),
     "a PNG cut off": (FORMATS["PNG"][:80], "broken|cannot be read"),
     "a GIF cut off": (FORMATS["GIF"][:-40], "broken"),
@@ -279,6 +297,124 @@ def test_a_compressed_text_bomb_in_a_png_is_refused() -> None:
     bomb = b"Comment\0\0" + zlib.compress(bytes(80_000_000), 9)
     with pytest.raises(ImageError):
         imaging.inspect(with_chunk(FORMATS["PNG"], b"zTXt", bomb))
+
+
+def behind_start(jpeg: bytes, more: bytes) -> bytes:
+    return jpeg[:2] + more + jpeg[2:]
+
+
+def segment(code: int, content: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", 2 + len(content)) + content
+
+
+def of_many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    end = PROGRESSIVE.index(b"\xff\xd9")
+    start = PROGRESSIVE.rindex(b"\xff\xda")
+    return PROGRESSIVE[:end] + PROGRESSIVE[start:end] * scans + PROGRESSIVE[end:]
+
+
+def with_comments(gif: bytes, blocks: int) -> bytes:
+    place = gif.index(b",", 13)
+    return gif[:place] + b"!\xfe" + b"\1x" * blocks + b"\0" + gif[place:]
+
+
+def tiff(*entries: tuple[int, int, int, int], order: str = "<") -> bytes:
+    """A TIFF that is nothing but its table of (tag, type, count, value)."""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(entries))
+    return head + b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries) + bytes(4)
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 54 + 1024) + head + bytes(1024) + (b"\1\1" * width + b"\0\0") * height
+
+
+END = chunk(b"IEND", b"")
+# Each is small for what Pillow alone would make of it: minutes, or gigabytes.
+TIRESOME: dict[str, tuple[bytes, str]] = {
+    "a PNG of very many chunks": (FORMATS["PNG"][:33] + chunk(b"teSt", b"") * 120_000 + FORMATS["PNG"][33:], "pieces"),
+    "a PNG of very many chunks at its end": (
+        FORMATS["PNG"][:-12] + chunk(b"teSt", b"") * 120_000 + FORMATS["PNG"][-12:],
+        "pieces",
+    ),
+    "a GIF with a comment in very many blocks": (with_comments(FORMATS["GIF"], 120_000), "pieces"),
+    "a BMP of single runs": (run_length_bmp(1_000, 500), "pieces"),
+    "a JPEG of very many segments": (behind_start(SMALL_JPEG, segment(0xE5, b"") * 3_000), "more than 2,000 segments"),
+    "a JPEG of fill bytes": (behind_start(SMALL_JPEG, b"\xff" * 300_000), "pieces"),
+    "a JPEG with EXIF data without end": (behind_start(SMALL_JPEG, segment(0xE1, b"Exif\0\0" + bytes(65_000)) * 20), "EXIF"),
+    "a JPEG of very many scans": (of_many_scans(200), "more than 100 scans"),
+    "a TIFF of very many strips": (tiff((256, 4, 1, 8), (257, 4, 1, 8), (273, 4, 2_000_000, 8)), "values"),
+    "a TIFF of very many strips, the other way round": (tiff((256, 4, 1, 8), (273, 4, 2_000_000, 8), order=">"), "values"),
+    "a BigTIFF": (b"II\x2b\0" + bytes(100), "BigTIFF"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), TIRESOME.values(), ids=TIRESOME.keys())
+def test_what_would_take_long_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        imaging.inspect(data)
+    with pytest.raises(ImageError, match=message):
+        imaging.decode(data, width=16, height=16, mode="RGB")
+
+
+def test_scans_hidden_behind_a_false_end_are_counted() -> None:
+    """An end marker inside a comment between two scans ends nothing."""
+    data = of_many_scans(200)
+    place = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="scans"):
+        imaging.inspect(data[:place].replace(b"\xff\xda", segment(0xFE, b"\xff\xd9") + b"\xff\xda") + data[place:])
+
+
+def test_files_below_those_limits_are_read() -> None:
+    rows = FORMATS["PNG"]
+    photos = [Image.new("RGB", (32, 32), (value, value, value)) for value in range(0, 250, 2)]
+    for data in (
+        rows[:33] + chunk(b"teSt", b"") * 5_000 + rows[33:],
+        with_comments(FORMATS["GIF"], 5_000),
+        run_length_bmp(100, 100),
+        behind_start(SMALL_JPEG, segment(0xE5, bytes(10)) * 500),
+        of_many_scans(20),
+        behind_start(SMALL_JPEG, segment(0xE5, b"\xff\xda" * 500)),
+        encoded(photos[0], "MPO", save_all=True, append_images=photos[1:]),
+    ):
+        assert imaging.inspect(data).width > 0
+
+
+def test_a_rotation_noted_behind_the_pixels_counts() -> None:
+    """PNG allows it there."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = FORMATS["PNG"][:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + FORMATS["PNG"][-12:]
+    info = imaging.inspect(data)
+    assert (info.width, info.height) == imaging.upright_size(data) == (48, 64)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "F", "I", "I;16", "YCbCr", "CMYK", "RGBA", "LA", "P"])
+def test_every_mode_that_tiff_holds_is_made_what_the_model_takes(mode: str) -> None:
+    image = quarters() if mode in ("1", "P", "YCbCr", "CMYK", "RGBA") else quarters().convert("L")
+    data = encoded(image.convert(mode), "TIFF")
+    for wanted in ("L", "RGB"):
+        assert len(corners(data, wanted)) == 4
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side they would take the function's memory."""
+    load, inside, most = imaging._load, [0], [0]
+
+    def watched(*arguments: Any) -> Image.Image:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        try:
+            return load(*arguments)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(imaging, "_load", watched)
+    large = encoded(Image.new("RGB", (2_500, 2_000)), "PNG", compress_level=1)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: imaging.decode(large, width=8, height=8, mode="L"), range(8)))
+    assert most == [1]
 
 
 EXIF = Image.Exif()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Intake:
 
     def take(self, *keys: str) -> Outcome:
         """Deliver one event a key as one batch, in a fresh function."""
-        return self.ingest((f"m{number}", created(key)) for number, key in enumerate(keys))
+        return self.ingest((f"m{number}", json.dumps(created(key))) for number, key in enumerate(keys))
 
     @property
     def images(self) -> list[str]:
@@ -154,7 +155,7 @@ def test_a_broken_image_is_refused_and_the_others_become_tasks(intake: Intake) -
 def test_an_image_that_is_too_large_is_refused_unread(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     key = intake.put("large.bmp", examples.encoded(Image.new("L", (64, 64)), "BMP"))
     monkeypatch.setattr(imaging, "MAX_BYTES", 1_000)
-    monkeypatch.setattr(intake.bucket, "get", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(imaging, "survey", lambda _: pytest.fail("it was read"))
     assert "at most" in intake.take(key).refused[key]
 
 
@@ -178,21 +179,48 @@ def test_a_key_that_cannot_be_read_is_refused_and_does_not_come_again(intake: In
 
 
 def test_events_of_other_forms_are_refused(intake: Intake) -> None:
-    outcome = intake.ingest([("m0", {"Service": "Amazon S3", "Event": "s3:TestEvent"}), ("m1", {}), ("m2", {"detail": None})])
+    outcome = intake.ingest(
+        [("m0", '{"Service": "Amazon S3", "Event": "s3:TestEvent"}'), ("m1", "{}"), ("m2", '{"detail": null}')]
+    )
     assert list(outcome.refused) == [""]
     assert outcome.again == {}
+
+
+POISON = ["", "no json", "[" * 100_000, '{"detail": "\\ud800"}', "\ud800", '{"detail": ']
+
+
+@pytest.mark.parametrize("body", POISON, ids=lambda body: ascii(body)[:20])
+def test_a_message_that_is_no_json_comes_again_alone(intake: Intake, body: str) -> None:
+    key = intake.put("a.png", png())
+    outcome = intake.ingest([("m0", body), ("m1", json.dumps(created(key)))])
+    assert outcome.created == [key]
+    assert outcome.again.keys() == {"m0"}
+    assert "no event of S3" in outcome.again["m0"]
+
+
+ODD_EVENTS: list[Any] = [
+    None, 3, "text", [], [{}], {"detail": [1]}, {"detail": {"object": {"key": 3}}}, {"Records": 5}, {"Records": {}},
+    {"Records": [None]}, {"Records": [{"s3": {"object": "text"}}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", ODD_EVENTS, ids=str)
+def test_an_event_of_wrong_types_is_refused_and_spoils_no_other(intake: Intake, event: Any) -> None:
+    key = intake.put("a.png", png())
+    outcome = intake.ingest([("m0", json.dumps(event)), ("m1", json.dumps(created(key)))])
+    assert (outcome.created, outcome.again, list(outcome.refused)) == ([key], {}, [""])
 
 
 def test_a_notification_of_the_older_form_is_read(intake: Intake) -> None:
     key = intake.put("with space.png", png())
     event = {"Records": [{"s3": {"object": {"key": "images/digits/with+space.png"}}}]}
-    assert intake.ingest([("m0", event)]).created == [key]
+    assert intake.ingest([("m0", json.dumps(event))]).created == [key]
 
 
 def test_before_the_project_is_set_up_everything_comes_again(bucket: Bucket, ledger: Ledger) -> None:
     bucket.put("images/digits/a.png", png())
     ingest = Ingest(examples.CONFIGS, bucket, Champions(bucket), ledger, cast(Any, FakeLabelStudio()), lambda _: None)
-    outcome = ingest([("m0", created("images/digits/a.png"))])
+    outcome = ingest([("m0", json.dumps(created("images/digits/a.png")))])
     assert "setup-label-studio-project" in outcome.again["m0"]
 
 
@@ -260,10 +288,10 @@ def test_storage_that_fails_for_one_image_brings_only_that_one_again(intake: Int
     good, unlucky = intake.put("good.png", png(1)), intake.put("unlucky.png", png(2))
     get = intake.bucket.get
 
-    def flaky(key: str) -> bytes | None:
+    def flaky(key: str, **limit: int) -> bytes | None:
         if key == unlucky:
             raise StorageError("S3 does not answer")
-        return get(key)
+        return get(key, **limit)
 
     monkeypatch.setattr(intake.bucket, "get", flaky)
     assert intake.take(unlucky, good) == Outcome(created=[good], again={"m0": "S3 does not answer"})

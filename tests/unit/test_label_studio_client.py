@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from labelloop.errors import LabelStudioError
+from labelloop.errors import LabelStudioError, TooLargeError
 from labelloop.label_studio.client import KnownTask, LabelStudioClient, StoredPrediction, Webhook
 from labelloop.label_studio.payloads import Prediction
 from tests.recording_server import Answer, RecordingServer, Request, serving
@@ -313,7 +313,7 @@ def test_a_backend_is_renamed_with_what_label_studio_demands(server: RecordingSe
 def test_a_file_is_downloaded_up_to_its_limit(server: RecordingServer, client: LabelStudioClient) -> None:
     server.answer = lambda _: Answer(body=b"x" * 100)
     assert client.download("/data/upload/1/a.png", limit=100) == b"x" * 100
-    with pytest.raises(LabelStudioError, match="larger than 99 bytes"):
+    with pytest.raises(TooLargeError, match="more than 99 bytes"):
         client.download("/data/upload/1/a.png", limit=99)
     server.answer = lambda _: Answer(body={"num_tasks_with_annotations": 5})
     assert client.count_annotated(1) == 5, "the connection is still good"

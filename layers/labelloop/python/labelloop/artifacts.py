@@ -15,7 +15,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
 from obstore.store import S3Store
 
-from labelloop.errors import ConflictError, ModelError, StorageError
+from labelloop.errors import ConflictError, ModelError, StorageError, TooLargeError
 from labelloop.records import Champion, Evaluation
 from labelloop.settings import Settings
 
@@ -102,18 +102,19 @@ class Bucket:
             **local,
         )
 
-    def get(self, key: str) -> bytes | None:
-        """The object's content, or None when there is no such object."""
-        found = self.get_tagged(key)
+    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
+        """The object's content, or None when there is no such object. Raises `TooLargeError` above `limit` bytes."""
+        found = self.get_tagged(key, limit=limit)
         return found[0] if found else None
 
-    def get_tagged(self, key: str) -> tuple[bytes, str | None] | None:
-        """Content and entity tag, or None when there is no such object."""
+    def get_tagged(self, key: str, *, limit: int | None = None) -> tuple[bytes, str | None] | None:
+        """Content and entity tag, or None when there is no such object. Raises `TooLargeError` above `limit` bytes."""
         try:
             answer = obstore.get(self._store, key)
             size = answer.meta["size"]
-            if size > _MAX_OBJECT_BYTES:
-                raise StorageError(f"s3://{self.name}/{key} has {size} bytes; that is too large to be read whole")
+            most = limit or _MAX_OBJECT_BYTES
+            if size > most:
+                raise TooLargeError(f"s3://{self.name}/{key} has {size:,} bytes; at most {most:,} are read", size)
             return bytes(answer.bytes()), answer.meta["e_tag"]
         except (NotFoundError, FileNotFoundError):
             return None

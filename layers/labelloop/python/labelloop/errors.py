@@ -6,6 +6,7 @@
     ├── RequestError             a caller sent what no answer exists for (HTTP 400)
     ├── UnknownModelError        no such model (HTTP 404)
     ├── ImageError               an image is missing, broken, too large, or from a place that is not allowed
+    ├── TooLargeError            a file is larger than what is read of one
     ├── AnnotationError          an annotation cannot become a training example
     ├── ModelError               a model file is missing, damaged, or not what its record says
     ├── ConflictError            somebody else changed the record first; read again and decide again
@@ -52,6 +53,14 @@ class UnknownModelError(LabelloopError):
 
 class ImageError(LabelloopError):
     pass
+
+
+class TooLargeError(LabelloopError):
+    """`size` in bytes, as far as it is known."""
+
+    def __init__(self, message: str, size: int) -> None:
+        self.size = size
+        super().__init__(message)
 
 
 class AnnotationError(LabelloopError):

@@ -1,28 +1,44 @@
 """Decode and preprocess images: the same function serves and trains, so that a model is asked about what it has learnt from.
 
 Half of a prediction's CPU time is decoding: JPEGs are decoded at the smallest DCT scale that leaves `oversampling` times the
-model's input. Pixels are capped by the header, before anything is decoded.
+model's input. Pixels and the memory for them are capped by the header, before anything is decoded.
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from threading import Lock
+from typing import Any, Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from labelloop.errors import ImageError
+from labelloop.image_headers import BoundedReader, kept_aside, webp_size
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000
-MAX_PIXELS_PROGRESSIVE = 40_000_000  # a progressive JPEG keeps all its coefficients in memory, however small it is decoded
+MAX_SIDE = 65_535  # pixels, as in a JPEG; resizing takes memory for each
+MAX_MEMORY = 144_000_000  # bytes that decoding one image may take; a JPEG is decoded scaled and rarely feels it
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+Mode = Literal["L", "RGB"]
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20  # bytes of comments that Pillow unpacks; its own limit is 64 MB
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SMALL = 16_000_000  # bytes; several images of that are decoded at once, of the others one
+_LARGE_ONES = Lock()
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,31 @@ class ImageInfo:
     height: int
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """An image that is not decoded yet: its size in the file, before a JPEG is scaled, and the memory that decoding takes."""
+
+    image: Image.Image
+    width: int
+    height: int
+    memory: int
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """While its pixels take memory; they are gone afterwards."""
+        with _LARGE_ONES if self.memory > _SMALL else nullcontext():
+            try:
+                yield
+            finally:
+                self.image.close()
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """As a person sees it. Pillow decodes a PNG for this, and turns a TIFF by itself."""
+        sideways = not isinstance(self.image, TiffImageFile) and _orientation(self.image) in _SIDEWAYS
+        return (self.height, self.width) if sideways else (self.width, self.height)
+
+
 def inspect(data: bytes) -> ImageInfo:
     """Say what an image file is, and prove that it decodes. Raises `ImageError` with the reason when it does not."""
     return survey(data)[0]
@@ -41,80 +82,128 @@ def inspect(data: bytes) -> ImageInfo:
 
 def survey(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """What an image file is, and the image, upright, of no less than 64 × 64 pixels where it has them. Raises `ImageError`."""
-    image = _open(data)
-    width, height = _upright_size(image)
+    opened = _open(data, "RGB", (64, 64))
+    image = opened.image
     name = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # Pillow names some JPEGs of phones "MPO"
-    decoded = _load(image, "RGB", (64, 64))
-    return ImageInfo(format=name, width=width, height=height), decoded
+    width, height = opened.upright_size
+    decoded = _load(image, "RGB")
+    return ImageInfo(format=name, width=width, height=height), _turned(decoded, _orientation(image))
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels as a person sees the image, from its header alone. Raises `ImageError`."""
-    return _upright_size(_open(data))
+    """Width and height in pixels as a person sees the image. Raises `ImageError`."""
+    opened = _open(data, "L", (1, 1))
+    with opened.in_turn():
+        return opened.upright_size
 
 
-def decode(data: bytes, *, width: int, height: int, mode: Literal["L", "RGB"], oversampling: float = 2.0) -> Image.Image:
+def decode(data: bytes, *, width: int, height: int, mode: Mode, oversampling: float = 2.0) -> Image.Image:
     """Decode an image file to exactly `width` × `height` pixels, 8 bits a channel, upright.
 
     The aspect ratio is not kept: the model sees the whole image. Of an animation the first frame counts; transparency
     lies on white. Raises `ImageError`.
     """
-    image = _load(_open(data), mode, (round(width * oversampling), round(height * oversampling)))
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    opened = _open(data, mode, (round(width * oversampling), round(height * oversampling)))
+    with opened.in_turn():
+        image = _load(opened.image, mode)
+        orientation = _orientation(opened.image)
+        size = (height, width) if orientation in _SIDEWAYS else (width, height)
+        return _turned(image.resize(size, Image.Resampling.BILINEAR), orientation)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, mode: Mode, least: tuple[int, int]) -> _Opened:
+    """Read the header, and choose the scale of a JPEG: to no less than `least` pixels."""
     if not data:
         raise ImageError("the file is empty")
     if len(data) > MAX_BYTES:
         raise ImageError(f"the file has {len(data) / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read")
+    kept = kept_aside(data)
+    _check_size(*(webp_size(data) or (1, 1)))
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(BoundedReader(data), formats=FORMATS)
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(f"not an image of a known format ({', '.join(FORMATS)}), or cut off") from None
     except Image.DecompressionBombError:
         raise ImageError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
-    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, TypeError, KeyError, IndexError) as error:
-        raise ImageError(f"cannot be read: {error}") from error
-    pixels = image.width * image.height
-    cap = MAX_PIXELS_PROGRESSIVE if image.info.get("progressive") else MAX_PIXELS
-    if pixels == 0:
+    except Exception as error:
+        raise ImageError(f"cannot be read: {_said(error)}") from error
+    width, height = image.size
+    _check_size(width, height)
+    if isinstance(image, JpegImageFile):
+        image.draft(mode, (least[1], least[0]) if _orientation(image) in _SIDEWAYS else least)
+    memory = kept + image.width * image.height * _bytes_a_pixel(image, mode)
+    if memory > MAX_MEMORY:
+        text = f"decoding takes {memory / 1e6:.0f} MB; at most {MAX_MEMORY // 1_000_000} MB are given to one image"
+        raise ImageError(f"{text}; make it smaller, or a plain JPEG")
+    return _Opened(image, width, height, memory)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height == 0:
         raise ImageError("has no pixels")
-    if pixels > cap:
-        raise ImageError(f"{pixels / 1e6:.0f} megapixels; at most {cap / 1e6:.0f} are decoded")
-    return image
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width * height / 1e6:.0f} megapixels; at most {MAX_PIXELS / 1e6:.0f} are decoded")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{max(width, height)} pixels long; at most {MAX_SIDE} are decoded")
 
 
-def _load(image: Image.Image, mode: Literal["L", "RGB"], least: tuple[int, int]) -> Image.Image:
-    """Decode to `mode`, upright, at no less than `least` pixels where the file has them."""
+def _bytes_a_pixel(image: Image.Image, mode: Mode) -> int:
+    """The most memory that decoding takes, as measured."""
+    if image.format == "WEBP":  # two canvases, the frame, the image, what becomes of it
+        return 17
+    each = 1 if image.mode in ("1", "L", "P") else 4
+    if image.mode.startswith("I"):
+        each += 8
+    if _is_transparent(image):
+        each += (4 if image.mode == "RGBA" else 8) + (mode == "L")
+    elif image.mode != mode:
+        each += 1 if mode == "L" else 4
+    if isinstance(image, TiffImageFile) and image.info.get("compression") != "raw":
+        each += 8  # a strip may be the whole picture
+    return each
+
+
+def _load(image: Image.Image, mode: Mode) -> Image.Image:
+    """Decode to `mode`; the orientation is known for sure from now on."""
     try:
-        if isinstance(image, JpegImageFile):
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-            image.draft(mode, (least[1], least[0]) if sideways else least)
         image.load()
-        image = ImageOps.exif_transpose(image)
         return _to_8_bit(image, mode)
     except ImageError:
         raise
-    # Pillow's decoders raise all of these on damaged files.
-    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, TypeError, KeyError, IndexError, EOFError) as error:
-        raise ImageError(f"is broken: {error}") from error
+    except Exception as error:
+        raise ImageError(f"is broken: {_said(error)}") from error
 
 
-def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+def _said(error: Exception) -> str:
+    return str(error)[:200] or type(error).__name__
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def _to_8_bit(image: Image.Image, mode: Mode) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit grey: Pillow's own conversion would clip at 255.
         image = image.convert("I").point(lambda value: value / 257).convert("L")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+    if _is_transparent(image):
+        white = Image.new("RGB", image.size, "white")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white.paste(image, mask=image)
+        image = white
     return image if image.mode == mode else image.convert(mode)
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8."""
     try:
-        sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except (OSError, ValueError, SyntaxError, struct.error, TypeError, KeyError) as error:
-        raise ImageError(f"has broken EXIF data: {error}") from error
-    return (image.height, image.width) if sideways else (image.width, image.height)
+        found: Any = image.getexif().get(_ORIENTATION)
+    except Exception as error:
+        raise ImageError(f"has broken EXIF data: {_said(error)}") from error
+    return int(found) if found in range(1, 9) else 1

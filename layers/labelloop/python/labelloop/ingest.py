@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote_plus
 
+import msgspec
+
 from labelloop import imaging
 from labelloop.active_learning import stream_of
 from labelloop.artifacts import Bucket, Champions, is_plain_key, s3_uri
 from labelloop.duplicates import Fingerprint, Groups, Membership, fingerprint
-from labelloop.errors import ImageError, LabelloopError, UnknownModelError
+from labelloop.errors import ImageError, LabelloopError, TooLargeError, UnknownModelError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig, ModelConfigs
@@ -62,12 +64,19 @@ class Ingest:
         self._label_studio, self._prelabel = label_studio, prelabel
         self._groups = Groups(ledger)
 
-    def __call__(self, events: Iterable[tuple[str, dict[str, Any]]]) -> Outcome:
-        """Take (message id, event) pairs. What fails for its own reason is refused; what failed for another's comes again."""
+    def __call__(self, messages: Iterable[tuple[str, str]]) -> Outcome:
+        """Take pairs of message id and body. What fails for its own reason is refused; for another's, it comes again.
+
+        A body that is no JSON comes again, too, until it is a dead letter, for somebody to look at.
+        """
         outcome = Outcome()
         by_model: dict[str, list[tuple[str, str]]] = {}
-        for message, event in events:
-            key = _key(event)
+        for message, body in messages:
+            try:
+                key = _key(msgspec.json.decode(body))
+            except (ValueError, RecursionError) as error:  # no JSON, no text; nested too deep
+                outcome.again[message] = f"the message is no event of S3: {error}"
+                continue
             if key.endswith("/"):  # the marker of a folder
                 continue
             model = key.split("/")[1] if key.count("/") >= 2 else ""
@@ -100,7 +109,7 @@ class Ingest:
                     outcome.known.append(key)
                     continue
                 claim = self._ledger.claim_image(model, project, image.sha256, image.address)
-            except ImageError as error:
+            except (ImageError, TooLargeError) as error:
                 outcome.refused[key] = str(error)
             except LabelloopError as error:
                 outcome.again[message] = str(error)
@@ -144,12 +153,7 @@ class Ingest:
     def _inspect(self, message: str, key: str) -> _Image | None:
         if not is_plain_key(key):
             raise ImageError("its key has an empty or dotted part, or a control character; give it another name")
-        size = self._images.size(key)
-        if size is None:
-            return None
-        if size > imaging.MAX_BYTES:
-            raise ImageError(f"the file has {size / 2**20:.0f} MB; at most {imaging.MAX_BYTES // 2**20} MB are read")
-        data = self._images.get(key)
+        data = self._images.get(key, limit=imaging.MAX_BYTES)
         if data is None:
             return None
         info, decoded = imaging.survey(data)
@@ -157,13 +161,23 @@ class Ingest:
         return _Image(message, key, s3_uri(self._images.name, key), sha256, info, fingerprint(decoded))
 
 
-def _key(event: dict[str, Any]) -> str:
-    """The object's key in an EventBridge event of S3, which percent-encodes nothing; older notifications do."""
-    try:
-        return str(event["detail"]["object"]["key"])
-    except (KeyError, TypeError):
-        records = event.get("Records") or [{}]
-        return unquote_plus(str(records[0].get("s3", {}).get("object", {}).get("key", "")))
+def _key(event: Any) -> str:
+    """The object's key in an EventBridge event of S3, which percent-encodes nothing; older notifications do. "" without one."""
+    key = _at(event, "detail", "object", "key")
+    if isinstance(key, str):
+        return key
+    key = _at(event, "Records", 0, "s3", "object", "key")
+    return unquote_plus(key) if isinstance(key, str) else ""
+
+
+def _at(value: Any, *path: str | int) -> Any:
+    """What lies at a path of keys and places; None where nothing does."""
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
 
 
 def _task(image: _Image, data_key: str, membership: Membership, first: ModelConfig | None) -> dict[str, Any]:

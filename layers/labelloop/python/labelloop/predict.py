@@ -6,13 +6,17 @@ promotion or a rollback is served without a deployment. One broken image spoils 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from threading import BoundedSemaphore, Condition
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,7 +25,7 @@ import msgspec
 from labelloop import active_learning, imaging, problem_types
 from labelloop.active_learning import Place
 from labelloop.artifacts import Bucket, Champions, is_plain_key, parse_s3_uri
-from labelloop.errors import ImageError, LabelloopError, LabelStudioError, ModelError, RequestError, StorageError
+from labelloop.errors import ImageError, LabelloopError, LabelStudioError, ModelError, RequestError, StorageError, TooLargeError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.label_studio.payloads import (
     NotPredicted,
@@ -40,6 +44,15 @@ if TYPE_CHECKING:
 
 POINTER_SECONDS = 3.0
 FETCH_THREADS = 32  # an image waits for S3, not for a core
+MAX_BODY = 6 * 2**20  # bytes; Lambda takes no larger request
+MAX_TASKS = 5_000  # of a request; their answers have to fit Lambda's, of 6 MB as well
+_USUAL_BYTES = 2 * 2**20  # of an image's file; that many a thread are always there, larger ones wait for room
+_ROOM = imaging.MAX_BYTES  # for any file that is read
+_MMAP_THRESHOLD = -3  # as glibc's malloc.h has it
+_KEPT_BLOCK = 4 * 2**20  # bytes
+_SHOWN = 100  # characters of an address in an error
+_LONGEST_KEY = 1024  # bytes, in S3
+_SEPARATOR = re.compile(r"[/\\?&=]")
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class TaskPredictor:
     ) -> None:
         self._configs, self._images, self._champions, self._connect = configs, images, champions, connect
         self._label_studio_host = urlsplit(label_studio_url).netloc
+        self._room = _Room(_ROOM)
+        _return_memory_at_once()
 
     def predict(self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None) -> list[Predicted | LabelloopError]:
         """What the version says of each task, or why it says nothing of that one. Raises `ModelError`, `StorageError`.
@@ -79,14 +94,27 @@ class TaskPredictor:
             return []
         onnx, folder = self._load(champion), self._configs[champion.model]
         _ = folder.label_config  # read before there are threads: msgspec crashes where two meet a type for the first time
+        cores = BoundedSemaphore(os.cpu_count() or 1)
+
+        def examine(task: PredictTask, limit: int) -> Predicted:
+            data = self._fetch(folder, task, limit)
+            with cores:
+                return _examine(onnx, folder, task, data, context)
+
+        def answer(task: PredictTask) -> Predicted | LabelloopError:
+            try:
+                try:
+                    return examine(task, _USUAL_BYTES)
+                except TooLargeError as error:
+                    size = error.size
+                with self._room.take(min(size, imaging.MAX_BYTES)):
+                    return examine(task, imaging.MAX_BYTES)
+            except LabelloopError as error:
+                error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the image
+                return error
+
         with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
-            fetched = [pool.submit(self._fetch, folder, task) for task in tasks]
-            with ThreadPoolExecutor(os.cpu_count() or 1) as cores:
-                answers = [
-                    cores.submit(_examine, onnx, folder, task, image.result, context)
-                    for task, image in zip(tasks, fetched, strict=True)
-                ]
-                return [answer.result() for answer in answers]
+            return list(pool.map(answer, tasks))
 
     def folder(self, champion: Champion) -> ModelFolder:
         return self._configs[champion.model]
@@ -94,39 +122,44 @@ class TaskPredictor:
     def card(self, champion: Champion) -> ModelCard:
         return self._load(champion).card
 
-    def _fetch(self, folder: ModelFolder, task: PredictTask) -> bytes:
-        """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else."""
+    def _fetch(self, folder: ModelFolder, task: PredictTask, limit: int) -> bytes:
+        """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else.
+
+        Label Studio is always asked at its configured address, whatever the scheme in the task's.
+        """
         address = image_address(task.data, folder.label_config.data_key)
         if address.startswith("s3://"):
-            return self._fetch_from_bucket(folder.config.images_prefix, address)
+            return self._fetch_from_bucket(folder.config.images_prefix, address, limit)
         try:
             parts = urlsplit(address)
         except ValueError as error:
-            raise ImageError(f"{address!r} is no address: {error}") from error
+            raise ImageError(f"{_shown(address)} is no address: {str(error)[:_SHOWN]}") from error
         ours = parts.scheme in ("http", "https") and parts.netloc == self._label_studio_host
-        if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path):
+        if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path, parts.query):
             path = parts.path + (f"?{parts.query}" if parts.query else "")
             try:
-                return self._label_studio.download(path, limit=imaging.MAX_BYTES)
+                return self._label_studio.download(path, limit=limit)
             except LabelStudioError as error:
                 missing = error.status is not None and error.status < 500
                 kind = ImageError if missing else LabelStudioError
-                raise kind(f"{address} cannot be fetched: {error}") from error
-        raise ImageError(f"{address} is neither in the model's images nor an upload of Label Studio")
+                raise kind(f"{_shown(address)} cannot be fetched: {error}") from error
+        raise ImageError(f"{_shown(address)} is neither in the model's images nor an upload of Label Studio")
 
-    def _fetch_from_bucket(self, prefix: str, address: str) -> bytes:
+    def _fetch_from_bucket(self, prefix: str, address: str, limit: int) -> bytes:
         try:
             bucket, key = parse_s3_uri(address)
         except ValueError as error:
-            raise ImageError(str(error)) from error
+            raise ImageError(f"{_shown(address)} is no s3://bucket/key address") from error
         if bucket != self._images.name or not key.startswith(prefix) or not is_plain_key(key):
-            raise ImageError(f"{address} lies outside s3://{self._images.name}/{prefix}")
+            raise ImageError(f"{_shown(address)} lies outside s3://{self._images.name}/{prefix}")
+        if len(key.encode()) > _LONGEST_KEY:
+            raise ImageError(f"{_shown(address)} does not exist")
         try:
-            data = self._images.get(key)
+            data = self._images.get(key, limit=limit)
         except StorageError as error:
-            raise StorageError(f"{address} cannot be fetched: {error}") from error
+            raise StorageError(f"{_shown(address)} cannot be fetched: {error}") from error
         if data is None:
-            raise ImageError(f"{address} does not exist")
+            raise ImageError(f"{_shown(address)} does not exist")
         return data
 
     @cached_property
@@ -178,6 +211,8 @@ class Predictor:
         request = _parse(body, PredictRequest)
         _ = self._configs[model].label_config  # an unknown model is one before its first version, too
         tasks = request.tasks or []
+        if len(tasks) > MAX_TASKS:
+            raise RequestError(f"{len(tasks):,} tasks in one request; send at most {MAX_TASKS:,}")
         context = request.params.get("context") if isinstance(request.params, dict) else None
         champion = self._champion(model)
         version = version_string(model, champion.version if champion else None)
@@ -186,7 +221,7 @@ class Predictor:
         results: list[Prediction | NotPredicted] = []
         for task, found in zip(tasks, self._tasks.predict(champion, tasks, context), strict=True):
             if isinstance(found, LabelloopError):
-                self._log("not predicted", task=task.id, reason=str(found))
+                self._log("not predicted", task=task.id if isinstance(task.id, int) else None, reason=str(found))
                 results.append(_nothing(str(found), version, context))
             else:
                 results.append(Prediction(result=found.result, score=found.place.score, model_version=version))
@@ -200,19 +235,41 @@ class Predictor:
         return champion
 
 
-def _examine(
-    onnx: Model, folder: ModelFolder, task: PredictTask, image: Callable[[], bytes], context: Any
-) -> Predicted | LabelloopError:
+def _return_memory_at_once() -> None:
+    """Have large blocks go back to the system when they are freed; glibc keeps those of a few MB, for each thread."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS has none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK)
+
+
+class _Room:
+    """Memory that is lent. Nobody may ask for more than there is."""
+
+    def __init__(self, size: int) -> None:
+        self._free, self._changed = size, Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, context: Any) -> Predicted:
     problem_type = problem_types.of(onnx.card.problem_type)
-    try:
-        data = image()
-        candidates, embedding = onnx.examine(onnx.pixels(data))
-        regions = problem_type.prompted(context, candidates) if context else None
-        if regions is None:
-            regions = problem_type.chosen(candidates, onnx.card)
-        result = problem_type.result(regions, folder.label_config, imaging.upright_size(data))
-    except LabelloopError as error:
-        return error
+    candidates, embedding = onnx.examine(onnx.pixels(data))
+    regions = problem_type.prompted(context, candidates) if context else None
+    if regions is not None:  # the tool may name any class
+        regions = [region for region in regions if region.label in onnx.card.classes]
+    else:
+        regions = problem_type.chosen(candidates, onnx.card)
+    result = problem_type.result(regions, folder.label_config, imaging.upright_size(data))
     certainty = problem_type.certainty(candidates, onnx.card)
     group = task.group or hashlib.sha256(data).hexdigest()
     return Predicted(regions, result, certainty, active_learning.place(folder.config, onnx.card, group, certainty, embedding))
@@ -222,12 +279,19 @@ def _nothing(reason: str, version: str, context: Any) -> Prediction | NotPredict
     return Prediction(result=[], score=0.0, model_version=version) if context else NotPredicted(reason)
 
 
-def _is_upload(path: str) -> bool:
-    """Whether a path is a file that Label Studio holds, with no step outside it."""
-    return path.startswith(("/data/upload/", "/data/local-files/")) and ".." not in unquote(path).split("/")
+def _is_upload(path: str, query: str) -> bool:
+    """Whether a path is a file that Label Studio holds, with no step outside it, however often somebody decodes it."""
+    decoded = unquote(unquote(f"{path}?{query}"))
+    return path.startswith(("/data/upload/", "/data/local-files/")) and ".." not in _SEPARATOR.split(decoded)
+
+
+def _shown(address: str) -> str:
+    return address if len(address) <= _SHOWN else f"{address[: _SHOWN // 2]}…{address[-_SHOWN // 2 :]}"
 
 
 def _parse[T](body: bytes, kind: type[T]) -> T:
+    if len(body) > MAX_BODY:
+        raise RequestError(f"the body has {len(body) / 2**20:.1f} MB; at most {MAX_BODY // 2**20} MB are read")
     try:
         return msgspec.json.decode(body, type=kind)
     except (ValueError, RecursionError) as error:  # no JSON, not UTF-8, not of the type; nested too deep

@@ -68,6 +68,6 @@ def delay(receives: int) -> int:
 def _seconds(record: dict[str, Any], message: type) -> int:
     try:
         msgspec.json.decode(record["body"], type=message)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # no JSON, no text, not of the type; nested too deep
         return 0
     return delay(int(record["attributes"]["ApproximateReceiveCount"]))

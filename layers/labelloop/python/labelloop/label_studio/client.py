@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import msgspec
 import urllib3
 
-from labelloop.errors import LabelStudioError
+from labelloop.errors import LabelStudioError, TooLargeError
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
@@ -320,7 +320,7 @@ class LabelStudioClient:
         return location
 
     def download(self, path: str, *, limit: int) -> bytes:
-        """A file that Label Studio itself holds (`/data/…`), up to `limit` bytes."""
+        """A file that Label Studio itself holds (`/data/…`). Raises `TooLargeError` above `limit` bytes."""
         answer = self._send("GET", path, None, _TIMEOUT, preload=False)
         try:
             data: bytes = answer.read(limit + 1, decode_content=True)
@@ -329,7 +329,9 @@ class LabelStudioClient:
         finally:
             answer.release_conn()
         if len(data) > limit:
-            raise LabelStudioError(f"{path} is larger than {limit} bytes", status=answer.status)
+            said = answer.headers.get("Content-Length", "")
+            size = max(int(said) if said.isdecimal() and len(said) < 20 else 0, len(data))
+            raise TooLargeError(f"{path} has more than {limit:,} bytes; they are not read", size)
         return data
 
     def _json(self, method: str, path: str, body: Any = None) -> Any:

@@ -79,7 +79,8 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
     @property
     def resembled_groups(self) -> list[str]:
         """The other content groups that the image resembles."""
-        return [str(group) for group in (self.meta or {}).get("resembles") or []]
+        found = (self.meta or {}).get("resembles")
+        return [str(group) for group in found] if isinstance(found, list) else []
 
 
 class PredictTask(msgspec.Struct, frozen=True):

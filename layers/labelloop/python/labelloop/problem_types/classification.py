@@ -60,13 +60,23 @@ class Classification:
 
 
 def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str]:
-    """The choices of an annotation's control tag."""
+    """The choices of an annotation's control tag. Raises `AnnotationError` where they are no list of texts."""
     return [
-        str(label)
+        label
         for region in annotation.result or []
         if region.get("from_name") == label_config.from_name and region.get("type") == "choices"
-        for label in (region.get("value") or {}).get("choices") or []
+        for label in texts(region.get("value"), "choices")
     ]
+
+
+def texts(value: Any, key: str) -> list[str]:
+    """The list of texts under a key of a region's value; none where it is missing. Raises `AnnotationError`."""
+    if not isinstance(value, dict | None):
+        raise AnnotationError("a region's value is no object")
+    found = (value or {}).get(key) or []
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise AnnotationError(f"a region holds no list of texts under {key!r}")
+    return found
 
 
 def choices_result(regions: Sequence[Region], label_config: LabelConfig) -> list[dict[str, Any]]:

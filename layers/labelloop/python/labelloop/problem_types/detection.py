@@ -5,13 +5,13 @@ Label Studio measures regions in percent of the image; here boxes are shares of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from labelloop.errors import AnnotationError, RequestError
 from labelloop.label_studio.label_config import Control, LabelConfig
 from labelloop.label_studio.payloads import Annotation
+from labelloop.problem_types.classification import texts
 from labelloop.records import Box, BoxRules, Metric, ModelCard, ProblemTypeName, Region
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FLOOR = 0.05  # score under which a box is not considered, as in COCO's evaluations
 _UPRIGHT = 0.01  # degrees
+_FAR = 1e9  # percent, or degrees: more is no number that an editor makes
 _SAME = 0.5  # IoU from which two boxes are one thing, as in the metric
 _KIND = "rectanglelabels"  # of the regions, and the key of their classes
 
@@ -193,8 +194,8 @@ def _percent(box: Box) -> dict[str, float]:
 
 
 def _rectangle(region: dict[str, Any]) -> Region:
-    value = region.get("value") or {}
-    labels = value.get(_KIND) or []
+    value: Any = region.get("value")
+    labels = texts(value, _KIND)
     if len(labels) != 1:
         raise AnnotationError(f"a rectangle has {len(labels)} classes instead of one")
     turned = _number(value.get("rotation", 0)) % 360
@@ -202,7 +203,7 @@ def _rectangle(region: dict[str, Any]) -> Region:
         raise AnnotationError('a rectangle is turned; draw it upright (the label config can forbid it: canRotate="false")')
     if _number(region.get("image_rotation") or 0) % 360:
         raise AnnotationError("the image was turned in the editor; draw rectangles on the upright image")
-    return Region(label=str(labels[0]), box=_box(value))
+    return Region(label=labels[0], box=_box(value))
 
 
 def _box(value: dict[str, Any]) -> Box:
@@ -215,8 +216,8 @@ def _box(value: dict[str, Any]) -> Box:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AnnotationError(f"a rectangle holds {value!r} where a number should be")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _FAR:
+        raise AnnotationError(f"a rectangle holds {type(value).__name__} where a number should be")
     return float(value)
 
 
@@ -228,7 +229,7 @@ def _prompt(context: Any) -> tuple[str | None, Box]:
         if not isinstance(value, dict):
             continue
         labels = value.get(_KIND) or value.get("keypointlabels") or []
-        label = str(labels[0]) if isinstance(labels, list) and labels else None
+        label = labels[0] if isinstance(labels, list) and labels and isinstance(labels[0], str) else None
         try:
             if str(region.get("type")).startswith("keypoint"):
                 x, y = (_number(value.get(key)) / 100 for key in ("x", "y"))
