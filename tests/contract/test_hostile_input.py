@@ -257,7 +257,8 @@ def edited(body: Any, changes: list[tuple[int, Any]]) -> Any:
     """A body with other values in some of its places."""
     whole = [json.loads(json.dumps(body))]
     for place, value in changes:
-        parent, key = list(itertools.islice(places(whole), 2_000))[place % len(list(itertools.islice(places(whole), 2_000)))]
+        found = list(itertools.islice(places(whole), 2_000))
+        parent, key = found[place % len(found)]
         parent[key] = deepcopy(value)
     return whole[0]
 

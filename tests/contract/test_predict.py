@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -342,7 +343,7 @@ def test_a_redirect_is_not_followed_and_takes_the_token_nowhere(backend: Backend
         for status in (301, 302, 303, 307, 308):
             for place in (elsewhere.url, elsewhere.url.removeprefix("http:"), backend.label_studio.url):
                 moved = Answer(status, headers={"Location": f"{place}/data/upload/1/b.png"})
-                backend.label_studio.answer = lambda _, moved=moved: moved  # type: ignore[misc]
+                backend.label_studio.answer = partial(lambda moved, _: moved, moved)
                 _, answer = backend.predict(task("/data/upload/1/a.png"))
                 assert str(status) in answer["results"][0]["error"]
         assert elsewhere.requests == []

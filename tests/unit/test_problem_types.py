@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
@@ -315,3 +316,37 @@ def test_boxes_find_their_partners_whichever_is_asked_first() -> None:
     assert min(iou(wide, short), iou(narrow, short)) > 0.5 > iou(narrow, wide)
     assert agree("detection", boxes(wide, narrow), boxes(short, wide))
     assert agree("detection", boxes(narrow, wide), boxes(wide, short))
+
+
+odd_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([10**400, -(10**400)]),
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["x", "y", "width", "height", "rotation", "choices", "rectanglelabels", "keypointlabels"]),
+            children,
+        )
+    ),
+    max_leaves=8,
+)
+odd_regions = st.lists(
+    st.fixed_dictionaries(
+        {
+            "from_name": st.sampled_from(["other", "what", "what"]),
+            "type": st.sampled_from(["choices", "rectanglelabels", "keypointlabels"]) | odd_values,
+            "value": odd_values,
+        }
+    ),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("name", ["classification", "multilabel", "detection"])
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(odd_regions)
+def test_whatever_an_annotation_holds_it_is_learnt_from_or_refused(name: ProblemTypeName, regions: list[dict[str, Any]]) -> None:
+    """One such annotation must not stop its model's training."""
+    with contextlib.suppress(AnnotationError):
+        problem_types.of(name).annotated(Annotation(id=1, result=regions), LABELS)
+    with contextlib.suppress(RequestError):
+        problem_types.of(name).prompted({"result": regions}, FOUND)

@@ -22,7 +22,7 @@ from labelloop.image_headers import BoundedReader, kept_aside, webp_size
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000
 MAX_SIDE = 65_535  # pixels, as in a JPEG; resizing takes memory for each
-MAX_MEMORY = 144_000_000  # bytes that decoding one image may take; a JPEG is decoded scaled and rarely feels it
+MAX_MEMORY = 208_000_000  # bytes that decoding one image may take: a WebP of 12 megapixels; a JPEG is decoded scaled
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 Mode = Literal["L", "RGB"]
 PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20  # bytes of comments that Pillow unpacks; its own limit is 64 MB
