@@ -28,6 +28,7 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "LABELLOOP
 os.environ.update(aws_environment(f"http://{LOOPBACK}:9"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one process runs, where tests are shared out to several: what uses one stack, one folder, or one file of the rest."""
     for item in items:
