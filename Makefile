@@ -6,7 +6,7 @@ UV_VERSION := 0.11.33
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.uv/bin/uv)
 RUN := $(UV) run
 # Two processes: what shares a stack of servers stays in one of them, in order (tests/conftest.py says what does).
-PYTEST := $(RUN) pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(RUN) pytest -n 2 --dist loadscope --no-loadscope-reorder
 ARGS ?=
 
 .DEFAULT_GOAL := help

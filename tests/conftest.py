@@ -10,6 +10,7 @@ from typing import Any
 
 import boto3
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from labelloop.artifacts import Bucket
 from labelloop.ledger import Ledger
@@ -18,6 +19,9 @@ from local.environment import LOOPBACK, aws_environment, clean_environment
 from local.toolchain import find_uv
 
 pytest_plugins = ["tests.laptop"]  # the whole stack, for tests/loop and tests/browser
+
+# The tests of the fixture `loop`, which share one stack.
+USES_THE_LAPTOP = ("tests/loop/", "tests/browser/test_open_task.py", "tests/browser/test_pre_annotation.py")
 
 # Before anything starts threads of its own: torch and numpy spin on every core.
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
@@ -28,15 +32,20 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "LABELLOOP
 os.environ.update(aws_environment(f"http://{LOOPBACK}:9"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one process runs, where tests are shared out to several: what uses one stack, one folder, or one file of the rest."""
-    for item in items:
-        folder, _, file = item.path.relative_to(item.config.rootpath / "tests").as_posix().partition("/")
-        own_process = "laptop" if "running_loop" in getattr(item, "fixturenames", ()) else folder
-        if folder in ("unit", "browser") and own_process != "laptop":
-            own_process = file
-        item.add_marker(pytest.mark.xdist_group(own_process))
+class ByStack(LoadScopeScheduling):  # type: ignore[misc]  # it comes without types
+    """Shares tests out to processes so that what uses one stack of servers stays in one process, and so does each other file.
+
+    pytest-xdist has marks for this, which its 3.8.0 loses with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "laptop" if file.startswith(USES_THE_LAPTOP) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByStack:
+    return ByStack(config, log)
 
 
 @pytest.fixture(scope="session")
