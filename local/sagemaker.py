@@ -455,10 +455,10 @@ class Service:
         while started.popen.poll() is None and ending is None:
             if self._stops[job.name].wait(0.05):
                 ending = "Stopped", "Stopped"
+            elif time.time() > given_up:  # asked first: it comes no later where both times are the same
+                ending = "Stopped", "MaxWaitTimeExceeded"
             elif time.time() > run_out:
                 ending = "Stopped", "MaxRuntimeExceeded"
-            elif time.time() > given_up:
-                ending = "Stopped", "MaxWaitTimeExceeded"
             keeper.keep_sometimes()
         stop([started.record], grace_s=STOP_GRACE_S)  # as a container's end takes with it whatever still runs in it
         keeper.keep()

@@ -314,7 +314,9 @@ def test_failed_sign_ins_are_counted_and_no_password_is_written_down(
     assert failures() == [1.0, 1.0, 1.0]
 
 
-def test_an_event_without_headers_is_one_without_credentials(aws: str) -> None:
+def test_an_event_without_headers_is_one_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "labelloop-test")
+    monkeypatch.setenv("LABELLOOP_BACKEND_SECRET_PREFIX", "labelloop/test/")
     with pytest.raises(Exception, match=r"^Unauthorized$"):
         examples.load_handler("authorize").handler({"headers": None, "methodArn": "arn:a/v1/GET/x"}, LambdaContext())
 

@@ -440,8 +440,9 @@ def test_thousands_of_fuzzed_messages_fail_alone(functions: dict[str, tuple[Modu
 )  # fmt: skip
 def test_fuzzed_credentials_open_nothing(monkeypatch: pytest.MonkeyPatch, headers: Any) -> None:
     handler = examples.load_handler("authorize")
-    monkeypatch.setattr(handler, "backend_password", lambda *_: "right")
+    monkeypatch.setattr(handler, "backend_passwords", lambda *_: ("right",))
     monkeypatch.setenv("LABELLOOP_BACKEND_SECRET_PREFIX", "labelloop/test/")
+    monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "labelloop-test")
     event = {"type": "REQUEST", "methodArn": "arn:aws:execute-api:us-east-1:0:abc/v1/POST/digits/predict", "headers": headers}
     try:
         policy = handler.handler(event, LambdaContext())

@@ -20,6 +20,8 @@ def an(kind: type[LabelloopError]) -> LabelloopError:
             return errors.ConfigError("config.yaml", "message", "a.key")
         case errors.LocalServiceError:
             return errors.LocalServiceError("mlflow", "message", Path("mlflow.log"))
+        case errors.TooLargeError:
+            return errors.TooLargeError("message", 5)
         case _:
             return kind("message")
 
@@ -32,6 +34,7 @@ STATUS = {
     "UnknownModelError": 404,
     "ImageError": 400,
     "AnnotationError": 400,
+    "TooLargeError": 500,
     "ModelError": 500,
     "ConflictError": 409,
     "NotSetUpError": 409,
