@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from typing import Any
@@ -23,10 +24,11 @@ from PIL import Image
 from labelloop import artifacts, problem_types
 from labelloop.announcements import announce
 from labelloop.records import Promotion, Suspect, VersionJudged
-from tests.laptop import Loop
+from tests.laptop import Loop, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
+ASKED_AGAIN = timedelta(seconds=31)  # after a training's end `retrain` asks for a verdict that is missing
 LATER = 900  # a version that no training of these tests reaches
 NOT_SEEN_HERE = {  # action, and where it counts for some functions only, their names
     "logs:CreateLogStream": "the emulator writes logs itself",
@@ -161,6 +163,8 @@ class Works:
         assert trained is not None
         verdict = self._deployment.ledger.promotion(self._model, trained.job_name)
         assert verdict is not None
+        ended = datetime.fromisoformat(trained.ended_at)
+        wait_for(lambda: datetime.now(UTC) - ended > ASKED_AGAIN, 60, "it is time to ask for the verdict again")
         self._forget(f"promotion#{trained.job_name}")
         try:
             if function.invoke(_message({"model": self._model, "action": "SCHEDULE"})) != {"batchItemFailures": []}:
@@ -184,8 +188,11 @@ class Works:
         boto3.client("s3").delete_object(Bucket=bucket, Key=artifacts.champion_key(self._model))
         self._forget(f"promotion#{verdict.job_name}")
         try:
-            answer = function.invoke(_message({"model": self._model, "job_name": verdict.job_name}))
-            return bool(answer == {"batchItemFailures": []}) and champions.read(self._model) is not None
+            message = _message({"model": self._model, "job_name": verdict.job_name})
+            first = function.invoke(message)
+            self._forget(f"promotion#{verdict.job_name}")  # of the version that serves already it looks for how it came to
+            again = function.invoke(message)
+            return first == again == {"batchItemFailures": []} and champions.read(self._model) is not None
         finally:
             self._deployment.ledger.record_promotion(verdict)
             champions.swap(champion, tag=champions.read_tagged(self._model)[1])
