@@ -45,7 +45,9 @@ class BackendSecret(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 @cache
 def _client() -> Any:
-    return boto3.client("secretsmanager", config=Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 3}))
+    return boto3.client(
+        "secretsmanager", config=Config(connect_timeout=2, read_timeout=3, retries={"mode": "standard", "total_max_attempts": 3})
+    )
 
 
 def backend_passwords(settings: Settings, model: str) -> tuple[str, ...]:
