@@ -94,7 +94,10 @@ class Function:
         variables = {**self._environment, "LABELLOOP_START": str(next(self._starts))}
         self._lambda.update_function_configuration(FunctionName=self._physical, Environment={"Variables": variables})
         self._lambda.get_waiter("function_updated_v2").wait(FunctionName=self._physical, WaiterConfig={"Delay": 1})
-        answer = self._lambda.invoke(FunctionName=self._physical, Payload=json.dumps(event).encode())
+        for _ in range(3):  # the emulator may lose a process that it has just replaced
+            answer = self._lambda.invoke(FunctionName=self._physical, Payload=json.dumps(event).encode())
+            if "FunctionError" not in answer:
+                break
         return json.loads(answer["Payload"].read())
 
     def forget(self) -> None:
