@@ -22,7 +22,10 @@ def connect(settings: Settings) -> LabelStudioClient:
     try:
         secret = json.loads(str(_secrets().get(name, max_age=_TOKEN_SECONDS)))
         token = str(secret["token"])
-    except (GetParameterError, ValueError, KeyError, TypeError) as error:
+    except GetParameterError as error:  # its text names roles and accounts, and a caller of predict sees this
+        cause = type(error.__cause__ or error.__context__ or error).__name__
+        raise LabelStudioError(f"the secret {name} cannot be read: {cause}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise LabelStudioError(f'the secret {name} does not hold {{"token": …}}: {type(error).__name__}') from error
     if not token:
         raise LabelStudioError(f"the secret {name} holds no token yet")
