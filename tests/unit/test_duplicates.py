@@ -187,6 +187,31 @@ def test_projects_and_models_have_groups_of_their_own(ledger: Ledger) -> None:
         assert membership.group == own
 
 
+def test_the_images_of_many_projects_do_not_stay_in_memory(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (encoded(scene, "PNG") for scene in scenes()[:3])
+    reads: list[tuple[str, int]] = []
+    groups_after = ledger.groups_after
+
+    def noted(model: str, project: int, after: int) -> list[tuple[int, bytes]]:
+        reads.append((model, after))
+        return groups_after(model, project, after)
+
+    monkeypatch.setattr(ledger, "groups_after", noted)
+    groups = Groups(ledger, remembered=1)
+
+    def ask(model: str, image: bytes) -> str:
+        return groups.assign(model, 1, {sha256(image): print_of(image)})[sha256(image)].group
+
+    assert [ask(model, first) for model in ("one", "two", "one")] == [sha256(first)] * 3
+    assert reads == [("one", 0), ("two", 0)]  # one image of another project may stay
+    ask("one", second)
+    ask("two", second)  # two images of "one" are too many to stay
+    ask("one", third)
+    assert reads[2:] == [("one", 1), ("two", 1), ("one", 0)]
+    copy = encoded(scaled(scenes()[0], 0.5), "PNG")
+    assert ask("one", copy) == sha256(first)
+
+
 def test_functions_at_once_agree(ledger: Ledger) -> None:
     """Each has copies of the same images; whoever is first founds the group, and the others join it."""
     kinds = [COPIES["JPEG 50"], COPIES["WebP 50"], COPIES["half the size"], COPIES["encoded without loss"]]

@@ -43,6 +43,7 @@ _BITS = 20  # of 64 in which the thumbnails of similar images may differ: crops 
 _SIMILAR = 0.65  # correlation from which a crop is looked for
 _CANDIDATES = 32  # looked at closely, the nearest first
 _RECENT = 200  # images among which one is familiar or new
+_REMEMBERED = 100_000  # images of the other projects, some 160 MB
 _ENTRY = 500  # images an entry of the log, 300 KB at most; DynamoDB takes 400
 
 
@@ -117,16 +118,17 @@ class Groups:
     changes no group: an image that is uploaded again after one is in the group that it was in.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._indexes: dict[tuple[str, int], _Index] = {}
+    def __init__(self, ledger: Ledger, *, remembered: int = _REMEMBERED) -> None:
+        """`remembered`: images of other projects that may stay in memory; those used longest ago are read again."""
+        self._ledger, self._remembered = ledger, remembered
+        self._indexes: dict[tuple[str, int], _Index] = {}  # the last used at the end
 
     def assign(self, model: str, project: int, images: Mapping[str, Fingerprint]) -> dict[str, Membership]:
         """The membership of each image (SHA-256 → fingerprint), in order. An image that is known keeps its group for ever.
 
         Raises `StorageError`.
         """
-        index = self._indexes.setdefault((model, project), _Index())
+        index = self._index(model, project)
         while new := [sha256 for sha256 in images if not index.knows(sha256)][:_ENTRY]:
             for sequence, body in self._ledger.groups_after(model, project, index.sequence):
                 index.read(sequence, msgspec.json.decode(body, type=list[Assignment]))
@@ -134,6 +136,13 @@ class Groups:
             if decided:
                 self._write(model, project, index, decided)
         return {sha256: index.membership(sha256) for sha256 in images}
+
+    def _index(self, model: str, project: int) -> _Index:
+        index = self._indexes.pop((model, project), None) or _Index()
+        while sum(len(other.looks) for other in self._indexes.values()) > self._remembered:
+            del self._indexes[next(iter(self._indexes))]
+        self._indexes[model, project] = index
+        return index
 
     def _write(self, model: str, project: int, index: _Index, decided: list[Assignment]) -> None:
         """Write what was decided, or forget it when somebody else has written meanwhile."""
