@@ -17,6 +17,8 @@ from labelloop.predict import Predictor, TaskPredictor
 from labelloop.settings import Settings
 
 logger = Logger()
+if Settings().starts_ahead:
+    import labelloop.inference  # noqa: F401 - otherwise the first prediction's, so that setup is answered sooner
 
 
 def connect(settings: Settings) -> Any:
