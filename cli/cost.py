@@ -245,7 +245,6 @@ class Work:
         """Messages, as if each came alone; batches cost less."""
         return sum(self.invocations[name][0] for name in ("ingest", "retrain", "promote", "refresh", "prelabel"))
 
-
     def function(self, named_by: Resource) -> Resource:
         """The function that a version or an alias is of."""
         name = named_by["Properties"]["FunctionName"]["Ref"]
@@ -274,7 +273,11 @@ def _versions(work: Work, versions: Sequence[Resource]) -> Iterator[Part]:
     """Of predict alone, and only where `predict_start` is not `cold`."""
     functions = [work.function(version)["Properties"] for version in versions]
     gb = sum(function["MemorySize"] / 1024 for function in functions if "SnapStart" in function)
-    yield "lambda.snapshot", work.usage.months * HOURS * 3600 * gb, "SnapStart's copy of predict's memory, while the version exists"
+    yield (
+        "lambda.snapshot",
+        work.usage.months * HOURS * 3600 * gb,
+        "SnapStart's copy of predict's memory, as long as there is one",
+    )
     yield "lambda.restore", work.predictions * _RESTORES * gb, f"{_RESTORES:.0%} of predictions start from the snapshot, assumed"
 
 
@@ -509,9 +512,7 @@ def report(
     )
 
 
-def synthesize(
-    models: ModelConfigs, names: Sequence[str], stage: str, *, predict_start: str = "cold"
-) -> dict[str, Resource]:
+def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predict_start: str = "cold") -> dict[str, Resource]:
     """Every resource of the stage's stacks with these models, by `stack/logical id`. Layers are not built.
 
     Raises `ConfigError`, for the laptop's stage too.

@@ -28,6 +28,15 @@ from labelloop.errors import LocalServiceError
 PYTHON = "3.13"
 LAMBDA_PLATFORM = "x86_64-manylinux_2_28"  # uv's name for what Lambda's python3.13 on x86_64 runs
 
+# Of Pillow, those that labelloop.imaging does not open.
+# fmt: off
+OTHER_FORMATS = (
+    "Avif", "Blp", "BufrStub", "Cur", "Dcx", "Dds", "Eps", "Fits", "Fli", "Fpx", "Ftex", "Gbr", "GribStub",
+    "Hdf5Stub", "Icns", "Ico", "Im", "Imt", "Iptc", "Jpeg2K", "McIdas", "Mic", "Mpeg", "Msp", "Palm", "Pcd",
+    "Pcx", "Pdf", "Pixar", "Psd", "Qoi", "Sgi", "Spider", "Sun", "Tga", "Wmf", "Xbm", "Xpm", "XVThumb",
+)
+# fmt: on
+
 # What no function uses, as globs below python/. Predict's layers have to stay below 95 MB; the largest parts (onnxruntime, numpy
 # with its OpenBLAS, obstore) leave 13 MB for everything else. tests/contract/test_packages.py works with what remains.
 UNUSED = (
@@ -81,15 +90,40 @@ UNUSED = (
     "PIL/_imagingmath.*",
     "PIL/_imagingmorph.*",
     "PIL/_imagingtk.*",
-    *(f"PIL/{name}.py" for name in ("BdfFontFile", "ContainerIO", "FontFile", "GdImageFile", "PcfFontFile", "PdfParser", "PSDraw")),
-    *(f"PIL/{name}.py" for name in ("ImageCms", "ImageDraw", "ImageDraw2", "ImageEnhance", "ImageFilter", "ImageFont", "ImageGrab")),
-    *(f"PIL/{name}.py" for name in ("ImageMath", "ImageMorph", "ImageQt", "ImageShow", "ImageStat", "ImageText", "ImageTk")),
-    *(f"PIL/{name}.py" for name in ("ImageTransform", "ImageWin", "TarIO", "WalImageFile")),
-    # Formats that imaging.FORMATS does not name.
-    *(f"PIL/{name}ImagePlugin.py" for name in ("Avif", "Blp", "BufrStub", "Cur", "Dcx", "Dds", "Eps", "Fits", "Fli", "Fpx", "Ftex")),
-    *(f"PIL/{name}ImagePlugin.py" for name in ("Gbr", "GribStub", "Hdf5Stub", "Icns", "Ico", "Im", "Imt", "Iptc", "Jpeg2K", "McIdas")),
-    *(f"PIL/{name}ImagePlugin.py" for name in ("Mic", "Mpeg", "Msp", "Palm", "Pcd", "Pcx", "Pdf", "Pixar", "Psd", "Qoi", "Sgi")),
-    *(f"PIL/{name}ImagePlugin.py" for name in ("Spider", "Sun", "Tga", "Wmf", "Xbm", "Xpm", "XVThumb")),
+    *(
+        f"PIL/{name}.py"
+        for name in ("BdfFontFile", "ContainerIO", "FontFile", "GdImageFile", "PcfFontFile", "PdfParser", "PSDraw")
+    ),
+    *(
+        f"PIL/{name}.py"
+        for name in ("ImageCms", "ImageDraw", "ImageDraw2", "ImageEnhance", "ImageFilter", "ImageFont", "ImageGrab")
+    ),
+    "PIL/BdfFontFile.py",
+    "PIL/ContainerIO.py",
+    "PIL/FontFile.py",
+    "PIL/GdImageFile.py",
+    "PIL/ImageCms.py",
+    "PIL/ImageDraw.py",
+    "PIL/ImageDraw2.py",
+    "PIL/ImageEnhance.py",
+    "PIL/ImageFilter.py",
+    "PIL/ImageFont.py",
+    "PIL/ImageGrab.py",
+    "PIL/ImageMath.py",
+    "PIL/ImageMorph.py",
+    "PIL/ImageQt.py",
+    "PIL/ImageShow.py",
+    "PIL/ImageStat.py",
+    "PIL/ImageText.py",
+    "PIL/ImageTk.py",
+    "PIL/ImageTransform.py",
+    "PIL/ImageWin.py",
+    "PIL/PSDraw.py",
+    "PIL/PcfFontFile.py",
+    "PIL/PdfParser.py",
+    "PIL/TarIO.py",
+    "PIL/WalImageFile.py",
+    *(f"PIL/{name}ImagePlugin.py" for name in OTHER_FORMATS),
     "pillow.libs/libavif*",
     "pillow.libs/libbrotli*",
     "pillow.libs/libfreetype*",
@@ -183,7 +217,7 @@ def _cache() -> Path:
 
 
 def _keep_segments(library: Path) -> None:
-    """Leave of a 64-bit ELF file its segments, close together: no loader reads symbol tables, section headers, or what lies between.
+    """Leave of a 64-bit ELF file its segments, close together. Loaders read no symbol tables, section headers or gaps.
 
     A wheel's libraries have holes of megabytes, where auditwheel moved tables to the end.
     """

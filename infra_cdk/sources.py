@@ -20,7 +20,7 @@ LITTER = ("__pycache__", "*.pyc", "*.egg-info", ".*")
 
 @contextmanager
 def assembled(parts: Mapping[str, Path | bytes]) -> Iterator[str]:
-    """A temporary folder holding each file, folder or text under the name given, without litter; CDK copies it while it exists."""
+    """A temporary folder holding each file, folder or text under its name, without litter; CDK copies it while it exists."""
     with tempfile.TemporaryDirectory(prefix="labelloop-") as folder:
         for name, source in parts.items():
             target = Path(folder) / name

@@ -29,8 +29,8 @@ class Stage:
 
     `mlflow_url`: absent on AWS where the state stack makes a serverless MLflow App. `sagemaker_endpoint`: only on a laptop.
     `reserves_concurrency`: whether what the API runs is bounded; an account that may run only 10 functions at once cannot.
-    `predict_start`: `cold`; `snapshot` (Lambda's SnapStart); or how many of predict's environments are kept ready, which costs money
-    by the hour, as a snapshot does.
+    `predict_start`: `cold`; `snapshot` (Lambda's SnapStart); or how many of its environments are kept ready. Both
+    of the latter cost by the hour.
     """
 
     name: str

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.set_threshold(20_000)  # what is loaded is no garbage, and looking for some took a tenth of a cold start
+
 import base64
 from functools import cache, partial
 from typing import Any
