@@ -91,7 +91,7 @@ class Package:
             **self.environment,
         }
         interpreter = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-        return subprocess.Popen([str(interpreter), "-S", *arguments], env=environment, **options)
+        return subprocess.Popen([str(interpreter), "-P", "-S", *arguments], env=environment, **options)
 
     def run(self, code: str) -> tuple[float, float]:
         """Wall and CPU milliseconds of a process until it has run `code`; Lambda tears nothing down afterwards."""
@@ -134,10 +134,11 @@ def packages() -> Iterator[dict[str, Package]]:
             "LABELLOOP_LABEL_STUDIO_URL": "http://127.0.0.1:1",
             "POWERTOOLS_SERVICE_NAME": "predict",
         }
-        found = {"floor": Package((python["inference"],), {})}
+        found = {"floor": Package((_opt(scratch / "floor", [python["inference"]]),), {})}
         for function in sorted(path.parent.name for path in FUNCTIONS.glob("*/handler.py")):
             layers = ["core", *(["inference"] if function in WITH_INFERENCE else []), "library", "configs"]
-            found[function] = Package((FUNCTIONS / function, *(python[name] for name in layers), runtime), environment)
+            opt = _opt(scratch / function, [python[name] for name in layers])
+            found[function] = Package((FUNCTIONS / function, opt, runtime), environment)
         yield found
 
 
@@ -185,6 +186,14 @@ def imports(runs: int) -> dict[str, dict[str, tuple[float, float]]]:
 
 def _layer(name: str) -> Path:
     return DependencyBuild(requirements=LAYERS / name / "requirements.txt", platform=host_platform()).folder() / "python"
+
+
+def _opt(folder: Path, layers: list[Path]) -> Path:
+    """What is `/opt/python` in a function: all layers in one folder."""
+    folder.mkdir()
+    for part in (part for layer in layers for part in layer.iterdir()):
+        (folder / part.name).symlink_to(part)
+    return folder
 
 
 def _models(folder: Path) -> ModelConfigs:
