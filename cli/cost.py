@@ -45,6 +45,7 @@ _ARTIFACTS_GB = 0.5  # of a model: snapshots, versions, MLflow's files
 _LEDGER_KB = 1  # of an image
 _LOOK_READS, _LABEL_READS, _LABEL_WRITES, _TRAINING_WRITES = 5, 3, 3, 10  # units of the ledger
 _PREDICTION_GETS, _LABEL_GETS = 3, 4  # image, pointer, model; the browser's too
+_RESTORES = 0.1  # of a prediction: starts from a snapshot; annotators who keep at it find predict running
 _TRAINING_PUTS = 50  # manifest, checkpoints, model, MLflow's files
 
 Resource = Mapping[str, Any]
@@ -244,6 +245,11 @@ class Work:
         """Messages, as if each came alone; batches cost less."""
         return sum(self.invocations[name][0] for name in ("ingest", "retrain", "promote", "refresh", "prelabel"))
 
+    def function(self, named_by: Resource) -> Resource:
+        """The function that a version or an alias is of."""
+        name = named_by["Properties"]["FunctionName"]["Ref"]
+        return next(resource for id, resource in self.resources.items() if id.rpartition("/")[2] == name)
+
 
 Part = tuple[str, float, str]  # price, quantity, why
 Rule = Callable[[Work, Sequence[Resource]], Iterator[Part]]
@@ -261,6 +267,28 @@ def _functions(work: Work, functions: Sequence[Resource]) -> Iterator[Part]:
     yield "lambda.request", calls, "retrain looks at every tick of the schedule; the others when there is work"
     yield "lambda.gb_second", gb_seconds, "seconds assumed (none measured on AWS) × the function's memory"
     yield "xray.trace", work.queued, "active tracing: every invocation from a queue counted, though few are sampled"
+
+
+def _versions(work: Work, versions: Sequence[Resource]) -> Iterator[Part]:
+    """Of predict alone, and only where `predict_start` is not `cold`."""
+    functions = [work.function(version)["Properties"] for version in versions]
+    gb = sum(function["MemorySize"] / 1024 for function in functions if "SnapStart" in function)
+    yield (
+        "lambda.snapshot",
+        work.usage.months * HOURS * 3600 * gb,
+        "SnapStart's copy of predict's memory, as long as there is one",
+    )
+    yield "lambda.restore", work.predictions * _RESTORES * gb, f"{_RESTORES:.0%} of predictions start from the snapshot, assumed"
+
+
+def _aliases(work: Work, aliases: Sequence[Resource]) -> Iterator[Part]:
+    ready = sum(
+        work.function(alias)["Properties"]["MemorySize"]
+        / 1024
+        * alias["Properties"].get("ProvisionedConcurrencyConfig", {}).get("ProvisionedConcurrentExecutions", 0)
+        for alias in aliases
+    )
+    yield "lambda.ready", work.usage.months * HOURS * 3600 * ready, "provisioned concurrency: predict's environments kept ready"
 
 
 def _polling(work: Work, mappings: Sequence[Resource]) -> Iterator[Part]:
@@ -361,8 +389,10 @@ RULES: dict[str, Rule] = {
     "AWS::DynamoDB::Table": _tables,
     "AWS::Events::EventBus": _bus,
     "AWS::Events::Rule": _rules,
+    "AWS::Lambda::Alias": _aliases,
     "AWS::Lambda::EventSourceMapping": _polling,
     "AWS::Lambda::Function": _functions,
+    "AWS::Lambda::Version": _versions,
     "AWS::Logs::LogGroup": _logs,
     "AWS::S3::Bucket": _buckets,
     "AWS::SQS::Queue": _queues,
@@ -482,7 +512,7 @@ def report(
     )
 
 
-def synthesize(models: ModelConfigs, names: Sequence[str], stage: str) -> dict[str, Resource]:
+def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predict_start: str = "cold") -> dict[str, Resource]:
     """Every resource of the stage's stacks with these models, by `stack/logical id`. Layers are not built.
 
     Raises `ConfigError`, for the laptop's stage too.
@@ -504,6 +534,7 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str) -> dict[s
                 "label_studio_url": "https://label-studio.invalid",  # where it is costs nothing
                 **context,
                 "stage": stage,
+                "predict_start": predict_start,
                 "model_configs": f"{folder}/models",
                 "aws:cdk:bundling-stacks": [],
             },

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from infra_cdk.sources import ROOT
 from labelloop.errors import LocalServiceError
@@ -27,8 +28,17 @@ from labelloop.errors import LocalServiceError
 PYTHON = "3.13"
 LAMBDA_PLATFORM = "x86_64-manylinux_2_28"  # uv's name for what Lambda's python3.13 on x86_64 runs
 
-# What no function uses, as globs below python/. Predict's two layers have to stay below 100 MB; the largest parts (onnxruntime,
-# numpy's OpenBLAS, obstore) leave 15 MB for everything else. tests/contract imports every handler from what remains.
+# Of Pillow, those that labelloop.imaging does not open.
+# fmt: off
+OTHER_FORMATS = (
+    "Avif", "Blp", "BufrStub", "Cur", "Dcx", "Dds", "Eps", "Fits", "Fli", "Fpx", "Ftex", "Gbr", "GribStub",
+    "Hdf5Stub", "Icns", "Ico", "Im", "Imt", "Iptc", "Jpeg2K", "McIdas", "Mic", "Mpeg", "Msp", "Palm", "Pcd",
+    "Pcx", "Pdf", "Pixar", "Psd", "Qoi", "Sgi", "Spider", "Sun", "Tga", "Wmf", "Xbm", "Xpm", "XVThumb",
+)
+# fmt: on
+
+# What no function uses, as globs below python/. Predict's layers have to stay below 95 MB; the largest parts (onnxruntime, numpy
+# with its OpenBLAS, obstore) leave 13 MB for everything else. tests/contract/test_packages.py works with what remains.
 UNUSED = (
     ".lock",  # uv's
     "bin",
@@ -36,6 +46,8 @@ UNUSED = (
     "*.dist-info/sboms",
     "**/*.pyi",
     "aws_lambda_powertools/event_handler",
+    "aws_lambda_powertools/utilities/auth_alpha",
+    "aws_lambda_powertools/utilities/circuit_breaker",
     "aws_lambda_powertools/utilities/data_masking",
     "aws_lambda_powertools/utilities/feature_flags",
     "aws_lambda_powertools/utilities/idempotency",
@@ -43,18 +55,28 @@ UNUSED = (
     "aws_lambda_powertools/utilities/parser",
     "aws_lambda_powertools/utilities/streaming",
     "aws_lambda_powertools/utilities/validation",
+    "numpy/*.pxd",
     "numpy/**/tests",
     "numpy/_core/*_tests.*",
     "numpy/_core/_simd.*",  # for numpy's tests
     "numpy/_core/include",
     "numpy/_core/lib",
+    "numpy/_pyinstaller",
+    "numpy/compat",
+    "numpy/conftest.*",
+    "numpy/doc",
     "numpy/f2py",
     "numpy/fft",
+    "numpy/lib/recfunctions.*",
     "numpy/ma",
+    "numpy/matlib.*",
     "numpy/polynomial",
     "numpy/random",
     "numpy/testing",
     "numpy/typing",
+    "obstore/auth",
+    "obstore/fsspec.*",
+    "onnxruntime/Privacy.md",
     "onnxruntime/ThirdPartyNotices.txt",
     "onnxruntime/backend",
     "onnxruntime/capi/libonnxruntime.so*",  # the extension module has all of it linked in
@@ -68,6 +90,40 @@ UNUSED = (
     "PIL/_imagingmath.*",
     "PIL/_imagingmorph.*",
     "PIL/_imagingtk.*",
+    *(
+        f"PIL/{name}.py"
+        for name in ("BdfFontFile", "ContainerIO", "FontFile", "GdImageFile", "PcfFontFile", "PdfParser", "PSDraw")
+    ),
+    *(
+        f"PIL/{name}.py"
+        for name in ("ImageCms", "ImageDraw", "ImageDraw2", "ImageEnhance", "ImageFilter", "ImageFont", "ImageGrab")
+    ),
+    "PIL/BdfFontFile.py",
+    "PIL/ContainerIO.py",
+    "PIL/FontFile.py",
+    "PIL/GdImageFile.py",
+    "PIL/ImageCms.py",
+    "PIL/ImageDraw.py",
+    "PIL/ImageDraw2.py",
+    "PIL/ImageEnhance.py",
+    "PIL/ImageFilter.py",
+    "PIL/ImageFont.py",
+    "PIL/ImageGrab.py",
+    "PIL/ImageMath.py",
+    "PIL/ImageMorph.py",
+    "PIL/ImageQt.py",
+    "PIL/ImageShow.py",
+    "PIL/ImageStat.py",
+    "PIL/ImageText.py",
+    "PIL/ImageTk.py",
+    "PIL/ImageTransform.py",
+    "PIL/ImageWin.py",
+    "PIL/PSDraw.py",
+    "PIL/PcfFontFile.py",
+    "PIL/PdfParser.py",
+    "PIL/TarIO.py",
+    "PIL/WalImageFile.py",
+    *(f"PIL/{name}ImagePlugin.py" for name in OTHER_FORMATS),
     "pillow.libs/libavif*",
     "pillow.libs/libbrotli*",
     "pillow.libs/libfreetype*",
@@ -116,7 +172,7 @@ class DependencyBuild:
 
     def _build(self, target: Path) -> None:
         command = [find_uv(), "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--link-mode", "copy"]
-        command += ["--no-compile-bytecode"]  # _compile does, for /opt/python; uv's own would lie beside it unused
+        command += ["--no-compile-bytecode"]  # compile_sources does, for /opt/python; uv's own would lie beside it unused
         command += ["--python", sys.executable, "--python-version", PYTHON, "--target", str(target)]
         command += ["--python-platform", self.platform] if self.platform else []
         command += ["--requirement", str(self.requirements)]
@@ -130,8 +186,10 @@ class DependencyBuild:
                 else:
                     path.unlink(missing_ok=True)
         for library in target.rglob("*.so*"):
-            _cut_tail(library)
-        _compile(target)
+            _keep_segments(library)
+        compile_sources(target, legacy=True)
+        for source in list(target.rglob("*.py")):
+            source.unlink()
 
 
 def find_uv() -> str:
@@ -158,36 +216,68 @@ def _cache() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "labelloop"
 
 
-def _cut_tail(library: Path) -> None:
-    """Cut off what follows the last segment of a 64-bit ELF file: symbol tables and section headers, which no loader reads."""
-    data = bytearray(library.read_bytes())
-    if data[:5] != b"\x7fELF\x02":
+def _keep_segments(library: Path) -> None:
+    """Leave of a 64-bit ELF file its segments, close together. Loaders read no symbol tables, section headers or gaps.
+
+    A wheel's libraries have holes of megabytes, where auditwheel moved tables to the end.
+    """
+    data = library.read_bytes()
+    if data[:6] != b"\x7fELF\x02\x01":
         return
     (table,) = struct.unpack_from("<Q", data, 32)
     size, count = struct.unpack_from("<HH", data, 54)
-    segments = [
-        struct.unpack_from("<QQQQ", data, table + i * size + 8) for i in range(count)
-    ]  # offset, 2 addresses, size in file
-    end = max((offset + length for offset, _, _, length in segments), default=len(data))
-    if end < len(data):
-        struct.pack_into("<Q", data, 40, 0)  # where section headers begin
-        struct.pack_into("<HHH", data, 58, 64, 0, 0)  # the size of one, their number, the one with the names
-        library.write_bytes(data[:end])
+    headers = [_Segment(*struct.unpack_from("<IIQQQQQQ", data, table + i * size)) for i in range(count)]
+    kept, moved = bytearray(), list[tuple[range, int]]()
+    for segment in sorted((header for header in headers if header.loads), key=lambda header: header.offset):
+        kept += bytes((segment.offset - len(kept)) % segment.alignment)  # a loader maps pages: offset and address stay congruent
+        moved.append((segment.place, len(kept) - segment.offset))
+        kept += data[segment.offset : segment.offset + segment.length]
+
+    def new(offset: int) -> int:
+        return next(offset + by for place, by in moved if offset in place)
+
+    for i, header in enumerate(headers):  # a header without length stands for no place in the file
+        offset = new(header.offset) if header.length else header.offset
+        struct.pack_into("<IIQQQQQQ", kept, new(table) + i * size, *header._replace(offset=offset))
+    struct.pack_into("<QQ", kept, 32, new(table), 0)  # 0: where section headers begin
+    struct.pack_into("<HHH", kept, 58, 64, 0, 0)  # the size of one, their number, the one with the names
+    library.write_bytes(kept)
 
 
-def _compile(target: Path) -> None:
-    """Byte code in place of the sources: Lambda could not write any, and unpacking would outdate ordinary .pyc files."""
+class _Segment(NamedTuple):
+    """A program header, as it stands in an ELF file."""
+
+    kind: int
+    flags: int
+    offset: int
+    address: int
+    physical: int
+    length: int
+    memory: int
+    alignment: int
+
+    @property
+    def loads(self) -> bool:
+        return self.kind == 1 and self.length > 0
+
+    @property
+    def place(self) -> range:
+        return range(self.offset, self.offset + self.length)
+
+
+def compile_sources(target: Path, *, legacy: bool) -> None:
+    """Byte code for the sources below `target`, a layer's `python/`: Lambda could not write any, and unpacking would outdate an
+    ordinary one. `legacy`: next to the source, where it is found without it. Raises `LocalServiceError`.
+    """
     if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
         raise LocalServiceError("layers", f"Python {PYTHON} has to compile its own byte code; this is {sys.version.split()[0]}")
     compiled = compileall.compile_dir(
         target,
         quiet=2,
-        legacy=True,  # next to the source, where it is found without it
+        legacy=legacy,
         stripdir=str(target),
         prependdir="/opt/python",
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
     if not compiled:
         raise LocalServiceError("layers", f"a package in {target} does not compile")
-    for source in list(target.rglob("*.py")):
-        source.unlink()

@@ -19,13 +19,15 @@ LITTER = ("__pycache__", "*.pyc", "*.egg-info", ".*")
 
 
 @contextmanager
-def assembled(parts: Mapping[str, Path]) -> Iterator[str]:
-    """A temporary folder holding each file or folder under the name given, without litter; CDK copies it while it exists."""
+def assembled(parts: Mapping[str, Path | bytes]) -> Iterator[str]:
+    """A temporary folder holding each file, folder or text under its name, without litter; CDK copies it while it exists."""
     with tempfile.TemporaryDirectory(prefix="labelloop-") as folder:
         for name, source in parts.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
+            if isinstance(source, bytes):
+                target.write_bytes(source)
+            elif source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LITTER))
             else:
                 shutil.copyfile(source, target)

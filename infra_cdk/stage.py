@@ -20,6 +20,7 @@ LOCAL = "local"
 _NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 _MAX_JOB_NAME = 63  # characters, SageMaker's limit
 _CONTEXT = "context of `cdk`"
+_MOST_READY = 100  # execution environments of predict that are kept; more than it may use, where that is bounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Stage:
 
     `mlflow_url`: absent on AWS where the state stack makes a serverless MLflow App. `sagemaker_endpoint`: only on a laptop.
     `reserves_concurrency`: whether what the API runs is bounded; an account that may run only 10 functions at once cannot.
+    `predict_start`: `cold`; `snapshot` (Lambda's SnapStart); or how many of its environments are kept ready. Both
+    of the latter cost by the hour.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Stage:
     mlflow_url: str | None = None
     sagemaker_endpoint: str | None = None
     reserves_concurrency: bool = True
+    predict_start: str = "cold"
 
     def __post_init__(self) -> None:
         # No hyphen: job names start with `labelloop-{stage}-`, and no stage may see another's.
@@ -49,6 +53,11 @@ class Stage:
                 raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} needs it; pass it with -c {key}=URL", key)
         if self.sagemaker_endpoint and not self.is_local:
             raise ConfigError(_CONTEXT, f"only the stage {LOCAL!r} has a stand-in for SageMaker; remove it", "sagemaker_endpoint")
+        if self.predict_start not in ("cold", "snapshot") and not 1 <= self.predict_ready <= _MOST_READY:
+            text = f"{self.predict_start!r} is none of cold, snapshot, 1 to {_MOST_READY}"
+            raise ConfigError(_CONTEXT, text, "predict_start")
+        if self.is_local and self.predict_start != "cold":
+            raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} starts functions cold; remove it", "predict_start")
         if not self.models.names:
             raise ConfigError(str(self.models.root), "holds no model config")
         for config in self.configs:
@@ -75,6 +84,7 @@ class Stage:
             mlflow_url=_without_slash(value("mlflow_url")),
             sagemaker_endpoint=_without_slash(value("sagemaker_endpoint")),
             reserves_concurrency=_yes_or_no(value("reserved_concurrency") or "yes"),
+            predict_start=value("predict_start") or "cold",
         )
 
     @cached_property
@@ -83,6 +93,11 @@ class Stage:
         for name in self.models.names:
             _ = self.models[name].label_config
         return [self.models[name].config for name in self.models.names]
+
+    @property
+    def predict_ready(self) -> int:
+        """How many of predict's environments are kept ready."""
+        return int(self.predict_start) if self.predict_start.isascii() and self.predict_start.isdecimal() else 0
 
     @property
     def prefix(self) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.set_threshold(20_000)  # what is loaded is no garbage, and looking for some took a tenth of a cold start
+
 import base64
 from functools import cache, partial
 from typing import Any
@@ -17,6 +21,8 @@ from labelloop.predict import Predictor, TaskPredictor
 from labelloop.settings import Settings
 
 logger = Logger()
+if Settings().starts_ahead:
+    import labelloop.inference  # noqa: F401 - otherwise the first prediction's, so that setup is answered sooner
 
 
 def connect(settings: Settings) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import aws_cdk as cdk
+import msgspec
 from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
-from infra_cdk.dependency_build import LAMBDA_PLATFORM, DependencyBuild, host_platform
+from infra_cdk.dependency_build import LAMBDA_PLATFORM, DependencyBuild, compile_sources, host_platform
 from infra_cdk.sources import LAYERS, LIBRARY, assembled
 from infra_cdk.stage import Stage
+from labelloop.model_config import ModelConfigs
 
 
 class Layers(Construct):
@@ -31,16 +35,14 @@ class Layers(Construct):
 
     @cached_property
     def library(self) -> lambda_.LayerVersion:
-        return self._files("Library", {"python/labelloop": LIBRARY})
+        with library_folder(compiled=cdk.Stack.of(self).bundling_required) as folder:
+            sources = cdk.FileSystem.fingerprint(folder, exclude=["__pycache__"])  # byte code differs from one run to the next
+            return self._layer("Library", lambda_.Code.from_asset(folder, asset_hash=sources))
 
     @cached_property
     def model_configs(self) -> lambda_.LayerVersion:
-        names = ("config.yaml", "labeling_template.xml")
-        root = Path(str(self._stage.models.root))
-        return self._files(
-            "ModelConfigs",
-            {f"python/model_configs/{model}/{name}": root / model / name for model in self._stage.models.names for name in names},
-        )
+        with model_configs_folder(self._stage.models) as folder:
+            return self._layer("ModelConfigs", lambda_.Code.from_asset(folder))
 
     def _dependencies(self, id: str, requirements: Path) -> lambda_.LayerVersion:
         if not cdk.Stack.of(self).bundling_required:  # the CLI only wants to know the stacks' names
@@ -48,9 +50,25 @@ class Layers(Construct):
         build = DependencyBuild(requirements=requirements, platform=host_platform() if self._stage.is_local else LAMBDA_PLATFORM)
         return self._layer(id, lambda_.Code.from_asset(str(build.folder()), asset_hash=build.key))
 
-    def _files(self, id: str, parts: dict[str, Path]) -> lambda_.LayerVersion:
-        with assembled(parts) as folder:
-            return self._layer(id, lambda_.Code.from_asset(folder))
-
     def _layer(self, id: str, code: lambda_.Code) -> lambda_.LayerVersion:
         return lambda_.LayerVersion(self, id, code=code, compatible_runtimes=[lambda_.Runtime.PYTHON_3_13])
+
+
+@contextmanager
+def library_folder(*, compiled: bool) -> Iterator[str]:
+    """The layer `library`: labelloop's sources, which tracebacks show, and unless only synthesized their byte code."""
+    with assembled({"python/labelloop": LIBRARY}) as folder:
+        if compiled:
+            compile_sources(Path(folder) / "python", legacy=False)
+        yield folder
+
+
+@contextmanager
+def model_configs_folder(models: ModelConfigs) -> Iterator[str]:
+    """The layer `model_configs`: config (as JSON, which is YAML too) and template of every model."""
+    parts: dict[str, Path | bytes] = {}
+    for name in models.names:
+        parts[f"python/model_configs/{name}/config.yaml"] = msgspec.json.encode(models[name].config)
+        parts[f"python/model_configs/{name}/labeling_template.xml"] = models[name].folder / "labeling_template.xml"
+    with assembled(parts) as folder:
+        yield folder

@@ -20,6 +20,7 @@ class PythonFunction(lambda_.Function):
     """`functions/{name}/handler.py`, entry `handler`. `execution_role` may write the log and traces, and what it is granted.
 
     `concurrency`: how many run at once at most, set aside for it; a queue's worker is bounded by its event source instead.
+    `snapshot`: published versions start from a snapshot of their memory, taken when one is made (SnapStart).
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class PythonFunction(lambda_.Function):
         memory_mb: int,
         timeout: cdk.Duration,
         concurrency: int | None = None,
+        snapshot: bool = False,
     ) -> None:
         log_group = logs.LogGroup(
             scope, f"{id}Log", retention=logs.RetentionDays.ONE_MONTH, removal_policy=cdk.RemovalPolicy.DESTROY
@@ -62,6 +64,7 @@ class PythonFunction(lambda_.Function):
             log_group=log_group,
             tracing=lambda_.Tracing.ACTIVE,
             reserved_concurrent_executions=concurrency,
+            snap_start=lambda_.SnapStartConf.ON_PUBLISHED_VERSIONS if snapshot else None,
         )
         self.execution_role = role
         acknowledge(self, L1="Python 3.13 is what every layer and test is built for; the next version comes with its own change")

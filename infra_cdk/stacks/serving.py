@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import aws_cdk as cdk
 from aws_cdk import aws_cloudwatch as cloudwatch
+from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
 from infra_cdk.constructs.front_door import FrontDoor
@@ -78,13 +79,34 @@ class ServingStack(cdk.Stack):
             memory_mb=max(config.serving.memory_mb for config in stage.configs),
             timeout=cdk.Duration.seconds(29),  # as long as API Gateway waits
             concurrency=_PREDICT_AT_ONCE if stage.reserves_concurrency else None,
+            snapshot=stage.predict_start == "snapshot",
         )
         allow_reading_objects(predict.execution_role, state.images, "images/")
         allow_reading_objects(predict.execution_role, state.artifacts, "champions/", "models/")
         allow_reading_label_studio_secret(predict.execution_role, stage=stage)
 
         front_door = FrontDoor(
-            self, "FrontDoor", stage=stage, authorizer=authorize, predict=predict, retrain_queue=training.retrain_queue
+            self,
+            "FrontDoor",
+            stage=stage,
+            authorizer=authorize,
+            predict=self._started_ahead(predict, stage),
+            retrain_queue=training.retrain_queue,
         )
         output(self, "ApiUrl", front_door.url)
         output(self, "ApiId", front_door.api.rest_api_id)
+
+    def _started_ahead(self, predict: lambda_.Function, stage: Stage) -> lambda_.IFunction:
+        """What the API calls: predict itself; or its newest version, where Lambda starts that ahead of requests.
+
+        A version of CDK's goes when the next one comes, and its snapshot with it.
+        """
+        if stage.predict_start == "cold":
+            return predict
+        return lambda_.Alias(
+            self,
+            "PredictAlias",
+            alias_name="live",
+            version=predict.current_version,
+            provisioned_concurrent_executions=stage.predict_ready or None,
+        )

@@ -5,20 +5,29 @@ The layers are kept in the cache that `cdk` uses; the first run builds them, tak
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from infra_cdk.constructs.layers import library_folder, model_configs_folder
 from infra_cdk.dependency_build import LAMBDA_PLATFORM, DependencyBuild, host_platform
 from infra_cdk.sources import FUNCTIONS, LAYERS, LIBRARY, ROOT
+from labelloop.artifacts import Bucket, Champions, onnx_key, s3_uri
+from labelloop.imaging import FORMATS
+from labelloop.model_config import ModelConfigs
+from local.environment import aws_environment
+from tests import examples
 
-LIMIT_BYTES = 100_000_000
+LIMIT_BYTES = 95_000_000
 FORBIDDEN = {"torch", "torchvision", "mlflow", "sagemaker", "pandas", "boto3", "botocore"}
 LAYERS_OF = {"predict": ("core", "inference"), "prelabel": ("core", "inference")}
 HANDLERS = sorted(handler.parent.name for handler in FUNCTIONS.glob("*/handler.py"))
@@ -32,8 +41,9 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def test_predicts_layers_are_below_100_mb() -> None:
-    assert size(built("core")) + size(built("inference")) + size(LIBRARY) < LIMIT_BYTES
+def test_predicts_layers_are_below_95_mb() -> None:
+    with library_folder(compiled=True) as library:
+        assert size(built("core")) + size(built("inference")) + size(Path(library)) < LIMIT_BYTES
 
 
 @pytest.mark.parametrize("function", HANDLERS)
@@ -45,7 +55,19 @@ def test_no_package_holds_what_only_training_needs(function: str) -> None:
 
 @pytest.mark.parametrize("function", HANDLERS)
 def test_a_handler_loads_from_its_package_alone(function: str) -> None:
-    """With the layers, the library and what Lambda's runtime brings, in an interpreter that sees nothing else."""
+    loaded = alone(
+        function,
+        """
+import handler, json, sys
+assert callable(handler.handler)
+print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
+""",
+    )
+    assert not set(json.loads(loaded)) & (FORBIDDEN - {"boto3", "botocore"})
+
+
+def alone(function: str, code: str, **extra: str) -> str:
+    """What code prints with the layers, the library and what Lambda's runtime brings, and nothing else of this environment."""
     layers = [str(built(layer, host_platform()) / "python") for layer in LAYERS_OF.get(function, ("core",))]
     program = f"""
 import importlib.machinery, importlib.util, json, sys
@@ -56,9 +78,7 @@ class Runtime:  # these come with Lambda's runtime; nothing else of this environ
             return importlib.machinery.PathFinder.find_spec(name, {json.dumps(_site_packages())})
 sys.path[:0] = {json.dumps([str(FUNCTIONS / function), *layers, str(LIBRARY.parent)])}
 sys.meta_path.append(Runtime())
-import handler
-assert callable(handler.handler)
-print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
+{code}
 """
     environment = {
         "PATH": os.environ["PATH"],
@@ -68,12 +88,61 @@ print(json.dumps(sorted(name for name in sys.modules if "." not in name)))
         "AWS_SECRET_ACCESS_KEY": "none",
         "POWERTOOLS_SERVICE_NAME": function,
         "OPENBLAS_NUM_THREADS": "1",
+        **extra,
     }
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert not set(json.loads(done.stdout)) & (FORBIDDEN - {"boto3", "botocore"})
+    return done.stdout
+
+
+def test_predict_answers_for_every_format_from_its_package_alone(new_bucket: Callable[[], Bucket], aws: str) -> None:
+    """S3, decoding and the model's run, with nothing but what is deployed."""
+    bucket, onnx = new_bucket(), examples.brightness_model()
+    bucket.put(onnx_key("digits", 1), onnx)
+    Champions(bucket).swap(examples.champion(1, onnx), tag=None)
+    image = Image.open(io.BytesIO(examples.png(5, size=(64, 64), mode="RGB")))
+    files = {name: examples.encoded(image, name) for name in FORMATS}
+    files |= {f"TIFF {kind}": examples.encoded(image, "TIFF", compression=kind) for kind in ("tiff_lzw", "jpeg", "zstd", "lzma")}
+    for name, data in files.items():
+        bucket.put(f"images/digits/{name}", data)
+    tasks = [{"id": number, "data": {"image": s3_uri(bucket.name, f"images/digits/{name}")}} for number, name in enumerate(files)]
+    event = examples.api_event("POST", "digits", "predict", json.dumps({"tasks": tasks}))
+    with model_configs_folder(examples.CONFIGS) as configs:
+        printed = alone(
+            "predict",
+            f"""
+import handler
+class Context:
+    function_name = function_version = invoked_function_arn = aws_request_id = "none"
+    memory_limit_in_mb = 1769
+print(handler.handler({event!r}, Context())["body"])
+""",
+            **aws_environment(aws),
+            LABELLOOP_MODEL_CONFIGS=f"{configs}/python/model_configs",
+            LABELLOOP_IMAGES_BUCKET=bucket.name,
+            LABELLOOP_ARTIFACTS_BUCKET=bucket.name,
+            LABELLOOP_LABEL_STUDIO_URL="http://127.0.0.1:1",
+        )
+    answers = json.loads(printed.splitlines()[-1])["results"]
+    said = {name: answer.get("result") or answer for name, answer in zip(files, answers, strict=True)}
+    assert {name: regions[0]["value"]["choices"] for name, regions in said.items()} == {name: ["5"] for name in files}, said
+
+
+@pytest.mark.parametrize("kind", ["snap-start", "provisioned-concurrency", "on-demand"])
+def test_the_model_runtime_is_loaded_ahead_only_where_nobody_waits(kind: str) -> None:
+    code = "import handler\nprint('onnxruntime' in sys.modules)"
+    assert alone("predict", code, AWS_LAMBDA_INITIALIZATION_TYPE=kind).strip() == str(kind != "on-demand")
+
+
+def test_the_layer_of_configs_says_what_the_repository_does() -> None:
+    with model_configs_folder(examples.CONFIGS) as folder:
+        packed = ModelConfigs(Path(folder) / "python" / "model_configs")
+        assert packed.names == examples.CONFIGS.names
+        for name in packed.names:
+            assert packed[name].config == examples.CONFIGS[name].config
+            assert packed[name].label_config == examples.CONFIGS[name].label_config
 
 
 def test_layers_hold_the_versions_that_are_tested_here() -> None:

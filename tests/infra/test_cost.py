@@ -186,8 +186,8 @@ def test_every_price_is_used_and_has_the_page_it_is_on() -> None:
 def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch, digits: Resources) -> None:
     asked: list[Any] = []
 
-    def synthesized(models: ModelConfigs, names: list[str], stage: str) -> Resources:
-        asked.append((names, stage))
+    def synthesized(models: ModelConfigs, names: list[str], stage: str, *, predict_start: str) -> Resources:
+        asked.append((names, stage, predict_start))
         return digits
 
     monkeypatch.setattr(cost, "synthesize", synthesized)
@@ -200,7 +200,23 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch, di
     found = msgspec.convert(json.loads(given.stdout), Report)
     assert found.month == found.idle == report(digits).idle
     assert found.checked == PRICES.checked
-    assert asked == [(["digits"], "prod"), (["digits"], "test")]
+    assert asked == [(["digits"], "prod", "cold"), (["digits"], "test", "cold")]
+
+
+@pytest.mark.parametrize(
+    ("predict_start", "unit", "copies", "a_month", "restored"),
+    [("snapshot", "GB-s cached", 1, 6.83, 100), ("2", "GB-s ready (x86)", 2, 37.83, 0)],
+)
+def test_starting_predict_ahead_is_on_the_bill(
+    digits: Resources, predict_start: str, unit: str, copies: int, a_month: float, restored: int
+) -> None:
+    ahead, cold = report(cost.synthesize(MODELS, ["digits"], "prod", predict_start=predict_start)), report(digits)
+    gb = 1769 / 1024
+    (line,) = (line for line in ahead.idle.lines if line.charged_by == unit)
+    assert line.quantity == pytest.approx(copies * gb * 730 * 3600)
+    assert ahead.idle.total - cold.idle.total == pytest.approx(a_month, abs=0.01)
+    thousand = [bill.units["1,000 predictions"].total for bill in (ahead, cold)]
+    assert thousand[0] - thousand[1] == pytest.approx(restored * gb * 0.0001397998)
 
 
 def test_a_region_without_prices_and_the_laptop_are_refused() -> None:

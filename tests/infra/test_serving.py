@@ -143,3 +143,28 @@ def test_what_the_api_runs_is_bounded(prod: Templates, tmp_path: Path) -> None:
     assert bounds == {"authorize": 20, "predict": 100}
     unbounded = synthesize({**PROD_CONTEXT, "reserved_concurrency": "no"}, tmp_path).serving
     assert not [f for f in unbounded.functions.values() if "ReservedConcurrentExecutions" in f["Properties"]]
+
+
+def test_predict_starts_cold_and_without_versions(either: Templates) -> None:
+    assert not either.serving.of_type("Lambda::Version")
+    assert not either.serving.of_type("Lambda::Alias")
+    assert "SnapStart" not in either.serving.functions["predict"]["Properties"]
+
+
+@pytest.mark.parametrize("predict_start", ["snapshot", "3"])
+def test_predict_can_be_started_ahead(predict_start: str, tmp_path: Path) -> None:
+    serving = synthesize({**PROD_CONTEXT, "predict_start": predict_start}, tmp_path).serving  # cdk-nag would stop it
+    predict, (alias_id, alias) = serving.functions["predict"], *serving.of_type("Lambda::Alias").items()
+    (version_id,) = serving.of_type("Lambda::Version")
+    assert alias["Properties"]["FunctionVersion"] == {"Fn::GetAtt": [version_id, "Version"]}
+    assert alias["Properties"]["FunctionName"] == {"Ref": serving.id_of(predict)}
+    assert predict["Properties"].get("SnapStart") == ({"ApplyOn": "PublishedVersions"} if predict_start == "snapshot" else None)
+    ready = {"ProvisionedConcurrentExecutions": 3} if predict_start == "3" else None
+    assert alias["Properties"].get("ProvisionedConcurrencyConfig") == ready
+    for route in ("setup", "predict", "versions"):
+        uri = next(m for (_, path), m in methods_of(serving).items() if path == route)["Integration"]["Uri"]
+        assert f"<{alias_id}>" in flat(uri)
+    granted = [p["Properties"]["FunctionName"] for p in serving.of_type("Lambda::Permission").values()]
+    assert granted.count({"Ref": alias_id}) == 3
+    assert {"Ref": serving.id_of(predict)} not in granted
+    assert "SnapStart" not in serving.functions["authorize"]["Properties"]

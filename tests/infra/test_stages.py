@@ -130,6 +130,9 @@ def test_an_unchanged_tree_gives_unchanged_templates(prod: Templates, tmp_path: 
         ({**PROD_CONTEXT, "sagemaker_endpoint": "http://127.0.0.1:1"}, "sagemaker_endpoint"),
         ({**PROD_CONTEXT, "label_studio_url": "label.example.org"}, "label_studio_url"),
         ({**PROD_CONTEXT, "reserved_concurrency": "10"}, "reserved_concurrency"),
+        ({**PROD_CONTEXT, "predict_start": "warm"}, "predict_start"),
+        ({**PROD_CONTEXT, "predict_start": "0"}, "predict_start"),
+        ({**LOCAL_CONTEXT, "predict_start": "snapshot"}, "predict_start"),
     ],
 )
 def test_a_wrong_context_value_is_named(context: dict[str, str], key: str, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from labelloop import active_learning, imaging, problem_types
 from labelloop.active_learning import Place
 from labelloop.artifacts import Bucket, Champions, is_plain_key, parse_s3_uri
 from labelloop.errors import ImageError, LabelloopError, LabelStudioError, ModelError, RequestError, StorageError, TooLargeError
-from labelloop.label_studio.client import LabelStudioClient
 from labelloop.label_studio.payloads import (
     NotPredicted,
     Prediction,
@@ -41,6 +40,7 @@ from labelloop.records import Champion, ModelCard, Region, version_string
 
 if TYPE_CHECKING:
     from labelloop.inference import Model, ModelCache
+    from labelloop.label_studio.client import LabelStudioClient
 
 POINTER_SECONDS = 3.0
 FETCH_THREADS = 32  # an image waits for S3, not for a core

@@ -94,6 +94,11 @@ class Settings:
         return self._environ.get("LABELLOOP_OPT_ML") or "/opt/ml"
 
     @property
+    def starts_ahead(self) -> bool:
+        """Whether nobody waits for this start: Lambda takes a snapshot of it, or keeps it ready (`-c predict_start`)."""
+        return self._environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") in ("snap-start", "provisioned-concurrency")
+
+    @property
     def endpoint_url(self) -> str | None:
         """Where AWS is, when it is an emulator."""
         return self._environ.get("AWS_ENDPOINT_URL") or None
