@@ -20,7 +20,7 @@ from infra_cdk.sources import FUNCTIONS, LAYERS, LIBRARY, ROOT
 
 LIMIT_BYTES = 100_000_000
 FORBIDDEN = {"torch", "torchvision", "mlflow", "sagemaker", "pandas", "boto3", "botocore"}
-LAYERS_OF = {"predict": ("core", "inference"), "prelabel": ("core", "inference")}
+LAYERS_OF = dict.fromkeys(("predict", "predict_part", "prelabel"), ("core", "inference"))
 HANDLERS = sorted(handler.parent.name for handler in FUNCTIONS.glob("*/handler.py"))
 
 
