@@ -230,9 +230,8 @@ def test_a_part_that_does_not_answer_in_time_is_queued(service: Service, monkeyp
     over = Event()
     service.functions.meanwhile = lambda part: over.wait(60) and None if first_of(part) == 0 else None
     try:
-        assert scores(service.ask(range(2 * PART), seconds=fan_out._LAST_IMAGE + 1.5)) == [None] * PART + list(
-            range(PART, 2 * PART)
-        )
+        found = scores(service.ask(range(2 * PART), seconds=fan_out._LAST_IMAGE + 1.5))
+        assert found == [None] * PART + list(range(PART, 2 * PART))
         assert service.queue.ids == list(range(PART))
     finally:
         over.set()
@@ -270,7 +269,7 @@ def test_an_answer_that_would_be_too_large_is_cut_and_the_rest_queued(service: S
     assert service.queue.ids == [number for number in ids if number not in answered]
     body = json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
     size = len(json.dumps(body, ensure_ascii=False).encode())
-    assert 90_000 < size <= 100_000 + len(ids) + 2, "as JSON in JSON; the commas between are the wrapping's"
+    assert 80_000 < size <= 100_000 + len(ids) + 2, "as JSON in JSON; the commas between are the wrapping's"
 
 
 def test_a_queue_that_takes_nothing_fails_the_request(service: Service) -> None:
