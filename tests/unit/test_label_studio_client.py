@@ -375,7 +375,7 @@ def test_unlabelled_tasks_come_with_their_predictions_the_oldest_first(
 
 
 def test_tasks_with_ids_say_whether_somebody_has_begun_them(server: RecordingServer, client: LabelStudioClient) -> None:
-    counts = [(0, 0, []), (1, 0, []), (0, 1, []), (0, 0, [{"id": 1}])]
+    counts = [(0, 0, False), (1, 0, False), (0, 1, False), (0, 0, True)]
     tasks = [
         {
             "id": number,
@@ -383,9 +383,9 @@ def test_tasks_with_ids_say_whether_somebody_has_begun_them(server: RecordingSer
             "predictions": [{**STORED, "task": number}],
             "total_annotations": annotated,
             "cancelled_annotations": skipped,
-            "drafts": drafts,
+            "draft_exists": drafted,
         }
-        for number, (annotated, skipped, drafts) in enumerate(counts)
+        for number, (annotated, skipped, drafted) in enumerate(counts)
     ]
     server.answer = lambda _: Answer(body={"tasks": tasks})
     found = client.tasks_with_ids(4, [0, 1, 2, 3, 9])

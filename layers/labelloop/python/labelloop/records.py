@@ -404,7 +404,7 @@ class VersionJudged(Record, frozen=True, kw_only=True):
     version: int
 
 
-class TaskRange(Record, frozen=True, kw_only=True):
+class TaskRange(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A message of the prelabel queue: predict the unlabelled tasks whose ids lie above `after`, up to `upto`.
 
     `asked`: instead of all of these just the tasks with these ids, labelled or not, because somebody asked for their predictions.

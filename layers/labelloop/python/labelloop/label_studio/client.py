@@ -36,7 +36,7 @@ _RETRIES = urllib3.Retry(
 # A listing otherwise shows images at an address of Label Studio's own, once a storage covers them.
 _AS_STORED = {"include": "id,data", "resolve_uri": "false"}
 _WITH_PREDICTIONS = {"include": "id,data,meta,predictions", "fields": "all", "resolve_uri": "false"}
-_BEGUN = "total_annotations,cancelled_annotations,drafts"
+_BEGUN = "total_annotations,cancelled_annotations,draft_exists"  # `drafts` are only those of the token's owner
 _LOCKED_SECONDS = (0.5, 1, 2, 4)  # between tries of what a locked database made fail
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
 _TASKS = 200  # ids in a URL
