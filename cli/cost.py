@@ -233,6 +233,7 @@ class Work:
         return {
             "authorize": (sign_ins, sign_ins * _SIGN_IN_SECONDS),
             "predict": (self.predictions + setups, self.predictions * seconds + setups * _SETUP_SECONDS),
+            "predict_part": (0, 0),  # a task of Retrieve Predictions costs there what it costs predict
             "ingest": (self.labels, self.labels * _INGEST_SECONDS),
             "retrain": (self.looks + signals, (self.looks * len(self.models) + signals) * _LOOK_SECONDS),
             "promote": (self.trainings, self.trainings * _PROMOTE_SECONDS),

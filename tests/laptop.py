@@ -99,7 +99,7 @@ class Loop:
     def listed(self) -> list[ListedTask]:
         """All tasks of the project with their predictions."""
         fields = {"include": "id,data,meta,predictions,total_annotations,cancelled_annotations", "fields": "all"}
-        query = urlencode({"project": self.project, "page_size": 1000, "resolve_uri": "false", **fields})
+        query = urlencode({"project": self.project, "page_size": 5000, "resolve_uri": "false", **fields})
         return [
             ListedTask(
                 id=task["id"],

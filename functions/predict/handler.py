@@ -17,7 +17,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import LabelloopError, RequestError, UnknownModelError, http_status
 from labelloop.model_config import ModelConfigs
-from labelloop.predict import Predictor, TaskPredictor
+from labelloop.predict import Elsewhere, Predictor, TaskPredictor
 from labelloop.settings import Settings
 
 logger = Logger()
@@ -31,13 +31,19 @@ def connect(settings: Settings) -> Any:
     return connect(settings)
 
 
+def elsewhere(settings: Settings) -> Elsewhere:
+    from labelloop.fan_out import FanOut  # boto3: only for large requests, and for what is late
+
+    return FanOut.connect(settings.predict_part_function, settings.prelabel_queue, log=logger.warning)
+
+
 @cache
 def predictor() -> Predictor:
     settings, configs = Settings(), ModelConfigs.find()
     champions = Champions(Bucket(settings.artifacts_bucket))
     images, url = Bucket(settings.images_bucket), settings.label_studio_url
     tasks = TaskPredictor(configs, images, champions, partial(connect, settings), label_studio_url=url)
-    return Predictor(configs, champions, tasks, log=logger.warning)
+    return Predictor(configs, champions, tasks, cache(partial(elsewhere, settings)), log=logger.warning)
 
 
 @logger.inject_lambda_context(clear_state=True)
@@ -49,7 +55,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             case "setup":
                 return _answer(200, predictor().setup(model, _body(event)))
             case "predict":
-                response = predictor().predict(model, _body(event))
+                response = predictor().predict(model, _body(event), seconds=context.get_remaining_time_in_millis() / 1000)
                 logger.info("predicted", tasks=len(response.results), version=response.model_version)
                 return _answer(200, response)
             case "versions":

@@ -8,7 +8,7 @@ from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
 from infra_cdk.constructs.front_door import FrontDoor
-from infra_cdk.constructs.grants import allow_reading_objects
+from infra_cdk.constructs.grants import allow, allow_reading_objects
 from infra_cdk.constructs.layers import Layers
 from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
@@ -17,15 +17,18 @@ from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
 from infra_cdk.stage import Stage
+from labelloop.predict import MAX_TASKS, PART
 
 _FAILED_SIGN_INS = 10  # in five minutes: more than a password that somebody mistyped, or that Label Studio was not given
 _FULL_CPU_MB = 1769  # memory at which Lambda gives one whole vCPU
 # What anybody can cause by calling the API, at most. Lambda asks an account to keep 100 of its (usually 1,000) for the rest.
 _AUTHORIZE_AT_ONCE, _PREDICT_AT_ONCE = 20, 100
+_PARTS_AT_ONCE = MAX_TASKS // PART  # the largest request whole; of its own, so that requests cannot take their parts' place
+_SERVE_SECONDS = 29  # as long as API Gateway waits
 
 
 class ServingStack(cdk.Stack):
-    """The front door, the authorizer, and predict, which serves every model."""
+    """The front door, the authorizer, predict, which serves every model, and what it has large requests' parts predicted by."""
 
     def __init__(self, scope: Construct, id: str, *, stage: Stage, state: StateStack, training: TrainingStack) -> None:
         super().__init__(scope, id, env=stage.env, description=f"labelloop {stage.name}: ML backends of Label Studio")
@@ -63,6 +66,30 @@ class ServingStack(cdk.Stack):
             treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
         )
 
+        environment = {
+            "LABELLOOP_IMAGES_BUCKET": state.images.bucket_name,
+            "LABELLOOP_ARTIFACTS_BUCKET": state.artifacts.bucket_name,
+            **label_studio_environment(stage),
+            **INFERENCE_THREADS,
+        }
+        with_models = [layers.core, layers.inference, layers.library, layers.model_configs]
+        memory_mb = max(config.serving.memory_mb for config in stage.configs)
+        part = PythonFunction(
+            self,
+            "PredictPartFunction",
+            stage=stage,
+            name="predict_part",
+            description="Predicts a part of a request that is too large for one invocation",
+            environment=environment,
+            layers=with_models,
+            memory_mb=memory_mb,
+            timeout=cdk.Duration.seconds(_SERVE_SECONDS),
+            concurrency=_PARTS_AT_ONCE if stage.reserves_concurrency else None,
+        )
+        allow_reading_objects(part.execution_role, state.images, "images/")
+        allow_reading_objects(part.execution_role, state.artifacts, "models/")
+        allow_reading_label_studio_secret(part.execution_role, stage=stage)
+
         predict = PythonFunction(
             self,
             "PredictFunction",
@@ -70,20 +97,21 @@ class ServingStack(cdk.Stack):
             name="predict",
             description="Setup, predictions and versions of every model",
             environment={
-                "LABELLOOP_IMAGES_BUCKET": state.images.bucket_name,
-                "LABELLOOP_ARTIFACTS_BUCKET": state.artifacts.bucket_name,
-                **label_studio_environment(stage),
-                **INFERENCE_THREADS,
+                **environment,
+                "LABELLOOP_PREDICT_PART_FUNCTION": part.function_name,
+                "LABELLOOP_PRELABEL_QUEUE": training.prelabel_queue.queue_url,
             },
-            layers=[layers.core, layers.inference, layers.library, layers.model_configs],
-            memory_mb=max(config.serving.memory_mb for config in stage.configs),
-            timeout=cdk.Duration.seconds(29),  # as long as API Gateway waits
+            layers=with_models,
+            memory_mb=memory_mb,
+            timeout=cdk.Duration.seconds(_SERVE_SECONDS),
             concurrency=_PREDICT_AT_ONCE if stage.reserves_concurrency else None,
             snapshot=stage.predict_start == "snapshot",
         )
         allow_reading_objects(predict.execution_role, state.images, "images/")
         allow_reading_objects(predict.execution_role, state.artifacts, "champions/", "models/")
         allow_reading_label_studio_secret(predict.execution_role, stage=stage)
+        allow(predict.execution_role, "lambda:InvokeFunction", on=part.function_arn)
+        allow(predict.execution_role, "sqs:SendMessage", on=training.prelabel_queue.queue_arn)  # of what is late
 
         front_door = FrontDoor(
             self,

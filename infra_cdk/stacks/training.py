@@ -53,7 +53,7 @@ class TrainingStack(cdk.Stack):
         promote = QueueWorker(self, "Promote", timeout=cdk.Duration.seconds(120), max_concurrency=2)
         refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(120), max_concurrency=2)
         prelabel = QueueWorker(self, "Prelabel", timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
-        self.retrain_queue = retrain.queue
+        self.retrain_queue, self.prelabel_queue = retrain.queue, prelabel.queue
 
         self._add_ingest(ingest, prelabel)
         self._add_retrain(retrain, promote)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,20 +14,45 @@ from typing import Any
 import boto3
 import pytest
 
-from labelloop import artifacts
+from labelloop import artifacts, aws
 from labelloop.artifacts import Bucket, Champions, s3_uri
 from tests import examples
 from tests.recording_server import Answer, RecordingServer, serving
 
 
 @dataclass
+class Parts:
+    """Lambda's client and `predict_part` behind it, in this process; the parts that it was sent. `broken`: it dies of each."""
+
+    queue: str
+    events: list[dict[str, Any]] = field(default_factory=list)
+    broken: bool = False
+
+    def __post_init__(self) -> None:
+        self._handler = examples.load_handler("predict_part").handler
+
+    def invoke(self, *, FunctionName: str, Payload: bytes) -> dict[str, Any]:
+        event = json.loads(Payload)
+        self.events.append(event)
+        if self.broken:
+            return {"FunctionError": "Unhandled", "Payload": io.BytesIO(b'{"errorMessage": "out of memory"}')}
+        return {"Payload": io.BytesIO(json.dumps(self._handler(event, examples.LambdaContext())).encode())}
+
+
+@dataclass
 class Backend:
-    """The predict function behind `/{model}/…`, with its two buckets and its Label Studio."""
+    """The predict function behind `/{model}/…`, with its two buckets, its Label Studio, and what predicts its parts."""
 
     handler: ModuleType
     images: Bucket
     artifacts: Bucket
     label_studio: RecordingServer
+    parts: Parts
+
+    def queued(self) -> list[int]:
+        """The ids of the tasks in the prelabel queue."""
+        messages = boto3.client("sqs").receive_message(QueueUrl=self.parts.queue, MaxNumberOfMessages=10).get("Messages", [])
+        return sorted(number for message in messages for number in json.loads(str(message.get("Body")))["asked"])
 
     def ask(self, method: str, route: str, body: Any = None, *, model: str = "digits") -> tuple[int, Any]:
         """Send a request (a body that is no text becomes JSON); the status and the JSON that comes back."""
@@ -65,6 +91,7 @@ def empty_backend(new_bucket: Callable[[], Bucket], monkeypatch: pytest.MonkeyPa
     """Before the first model."""
     images, artifacts_bucket = new_bucket(), new_bucket()
     secret = f"labelloop/test/{uuid.uuid4().hex}"
+    queue = boto3.client("sqs").create_queue(QueueName=f"prelabel-{uuid.uuid4().hex}")["QueueUrl"]
     boto3.client("secretsmanager").create_secret(Name=secret, SecretString=json.dumps({"token": "0123456789abcdef"}))
     with serving(lambda _: Answer(404)) as label_studio:
         for name, value in {
@@ -73,10 +100,14 @@ def empty_backend(new_bucket: Callable[[], Bucket], monkeypatch: pytest.MonkeyPa
             "LABELLOOP_ARTIFACTS_BUCKET": artifacts_bucket.name,
             "LABELLOOP_LABEL_STUDIO_URL": label_studio.url,
             "LABELLOOP_LABEL_STUDIO_SECRET": secret,
+            "LABELLOOP_PREDICT_PART_FUNCTION": "part",
+            "LABELLOOP_PRELABEL_QUEUE": queue,
             "POWERTOOLS_SERVICE_NAME": "predict",
         }.items():
             monkeypatch.setenv(name, value)
-        yield Backend(examples.load_handler("predict"), images, artifacts_bucket, label_studio)
+        parts, client = Parts(queue), aws.client
+        monkeypatch.setattr(aws, "client", lambda service, **limits: parts if service == "lambda" else client(service, **limits))
+        yield Backend(examples.load_handler("predict"), images, artifacts_bucket, label_studio, parts)
 
 
 @pytest.fixture

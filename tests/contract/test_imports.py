@@ -76,7 +76,7 @@ def reachable(file: Path) -> set[Path]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"ingest", "authorize", "predict", "retrain", "promote", "refresh", "prelabel"} <= FUNCTIONS.keys()
+    assert {"ingest", "authorize", "predict", "predict_part", "retrain", "promote", "refresh", "prelabel"} <= FUNCTIONS.keys()
     assert LIBRARY / "predict.py" in reachable(FUNCTIONS["predict"])
     assert LIBRARY / "inference.py" in reachable(FUNCTIONS["predict"]), "imports inside functions count"
     assert "onnxruntime" in roots(LIBRARY / "inference.py")
@@ -102,7 +102,7 @@ def test_no_function_reaches_what_is_heavy(function: str) -> None:
     assert heavy == {}
 
 
-@pytest.mark.parametrize("function", sorted(FUNCTIONS.keys() - {"predict", "prelabel"}))
+@pytest.mark.parametrize("function", sorted(FUNCTIONS.keys() - {"predict", "predict_part", "prelabel"}))
 def test_only_who_predicts_reaches_the_runtime_of_models(function: str) -> None:
     """The others have no layer with it. Reading a model's outputs, which problem types do inside functions, is theirs."""
     assert not any("onnxruntime" in roots(file) for file in reachable(FUNCTIONS[function]))

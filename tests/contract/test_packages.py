@@ -29,7 +29,7 @@ from tests import examples
 
 LIMIT_BYTES = 95_000_000
 FORBIDDEN = {"torch", "torchvision", "mlflow", "sagemaker", "pandas", "boto3", "botocore"}
-LAYERS_OF = {"predict": ("core", "inference"), "prelabel": ("core", "inference")}
+LAYERS_OF = dict.fromkeys(("predict", "predict_part", "prelabel"), ("core", "inference"))
 HANDLERS = sorted(handler.parent.name for handler in FUNCTIONS.glob("*/handler.py"))
 
 

@@ -15,12 +15,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labelloop import artifacts
-from labelloop.predict import POINTER_SECONDS
+from labelloop.errors import ModelError
+from labelloop.predict import PART, POINTER_SECONDS
 from tests import examples
 from tests.contract.conftest import Backend
 from tests.examples import brightness_model, png
@@ -34,6 +37,24 @@ def task(image: Any, number: int = 1) -> dict[str, Any]:
 def choices(answer: Any) -> list[str | None]:
     """The chosen class of each result; None where there is none."""
     return [result["result"][0]["value"]["choices"][0] if result.get("result") else None for result in answer["results"]]
+
+
+def fresh(events: list[dict[str, Any]]) -> Any:
+    """The statuses that a process which has just started answers, and which of three packages it has imported then."""
+    script = """
+import importlib.util, json, sys, types
+file, events = sys.argv[1], json.load(sys.stdin)
+spec = importlib.util.spec_from_file_location("handler", file)
+handler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(handler)
+context = types.SimpleNamespace(function_name="f", memory_limit_in_mb=1, invoked_function_arn="a", aws_request_id="r")
+context.get_remaining_time_in_millis = lambda: 29_000
+answers = [handler.handler(event, context)["statusCode"] for event in events]
+print(json.dumps([answers, sorted({"onnxruntime", "numpy", "boto3"} & sys.modules.keys())]))
+"""
+    command = [sys.executable, "-c", script, str(examples.REPOSITORY / "functions" / "predict" / "handler.py")]
+    done = subprocess.run(command, input=json.dumps(events), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # Setup
@@ -60,20 +81,8 @@ def test_setup_loads_no_model(backend: Backend) -> None:
 
 def test_setup_and_versions_import_neither_onnxruntime_nor_numpy_nor_boto3(backend: Backend) -> None:
     """Seen from a fresh process, as a cold Lambda is one. Health needs no function at all."""
-    script = """
-import importlib.util, json, sys, types
-file, events = sys.argv[1], json.load(sys.stdin)
-spec = importlib.util.spec_from_file_location("handler", file)
-handler = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(handler)
-context = types.SimpleNamespace(function_name="f", memory_limit_in_mb=1, invoked_function_arn="a", aws_request_id="r")
-answers = [handler.handler(event, context)["statusCode"] for event in events]
-print(json.dumps([answers, sorted({"onnxruntime", "numpy", "boto3"} & sys.modules.keys())]))
-"""
     events = [examples.api_event("POST", "digits", "setup", "{}"), examples.api_event("GET", "digits", "versions", None)]
-    command = [sys.executable, "-c", script, str(examples.REPOSITORY / "functions" / "predict" / "handler.py")]
-    done = subprocess.run(command, input=json.dumps(events), capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == [[200, 200], []]
+    assert fresh(events) == [[200, 200], []]
 
 
 # Predict
@@ -505,3 +514,49 @@ def test_a_fault_of_ours_is_a_500_that_names_its_request(backend: Backend, monke
     assert status == 500
     assert answer["request_id"] == examples.LambdaContext().aws_request_id
     assert "secret detail" not in answer["error"]
+
+
+# More tasks than one invocation predicts
+
+
+def test_parts_of_a_large_request_are_predicted_by_their_own_function_and_answered_as_one(backend: Backend) -> None:
+    addresses = [backend.put_image(f"{digit}.png", png(digit)) for digit in range(10)]
+    missing = task(addresses[0].replace("0.png", "missing.png"), 2 * PART)
+    status, answer = backend.predict(*(task(addresses[number % 10], number) for number in range(2 * PART)), missing)
+    assert status == 200
+    assert choices(answer) == [*(str(number % 10) for number in range(2 * PART)), None]
+    assert "does not exist" in answer["results"][-1]["error"]
+    assert {result["model_version"] for result in answer["results"][:-1]} == {"digits v1"}
+    assert sorted(len(part["tasks"]) for part in backend.parts.events) == [33, 34, 34]
+    assert backend.queued() == []
+
+
+def test_a_part_that_dies_is_queued_for_afterwards(backend: Backend) -> None:
+    backend.parts.broken = True
+    address = backend.put_image("a.png", png(3))
+    status, answer = backend.predict(*(task(address, number) for number in range(1, PART + 2)))
+    assert status == 200
+    assert len(answer["results"]) == PART + 1
+    assert all(result["error"].startswith("queued") for result in answer["results"])
+    assert backend.queued() == list(range(1, PART + 2))
+
+
+def test_a_queue_that_is_gone_makes_a_clear_503(backend: Backend) -> None:
+    backend.parts.broken = True
+    boto3.client("sqs").delete_queue(QueueUrl=backend.parts.queue)
+    status, answer = backend.predict(*(task("s3://b/k", number) for number in range(PART + 1)))
+    assert status == 503
+    assert "queue" in answer["error"]
+
+
+def test_a_part_that_no_model_can_predict_is_an_error_of_its_invocation(backend: Backend) -> None:
+    """Lambda then counts it, and who sent it queues its tasks."""
+    event = {"champion": msgspec.to_builtins(examples.champion(9, b"no such file")), "tasks": [task("s3://b/k")], "until": 2e10}
+    with pytest.raises(ModelError, match="is missing"):
+        examples.load_handler("predict_part").handler(event, examples.LambdaContext())
+
+
+def test_a_small_request_imports_no_boto3(backend: Backend) -> None:
+    """Seen from a fresh process, as a cold Lambda is one."""
+    body = json.dumps({"tasks": [task(backend.put_image("a.png", png(4)))]})
+    assert fresh([examples.api_event("POST", "digits", "predict", body)]) == [[200], ["numpy", "onnxruntime"]]

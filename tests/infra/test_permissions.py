@@ -39,6 +39,15 @@ FUNCTIONS = {
         "s3:GetObject Artifacts models/*",
         "s3:ListBucket Artifacts",
         "secretsmanager:GetSecretValue label-studio-??????",
+        "lambda:InvokeFunction",
+        "sqs:SendMessage",
+    },
+    "predict_part": {
+        "s3:GetObject Images images/*",
+        "s3:ListBucket Images",
+        "s3:GetObject Artifacts models/*",
+        "s3:ListBucket Artifacts",
+        "secretsmanager:GetSecretValue label-studio-??????",
     },
     "retrain": {
         "s3:GetObject Artifacts champions/*",
@@ -121,7 +130,7 @@ def test_a_function_may_do_what_it_does_and_no_more(prod: Templates, function: s
 
 def test_no_two_functions_share_a_role(either: Templates) -> None:
     roles = [flat(f["Properties"]["Role"]) for f in either.functions.values()]
-    assert len(roles) == len(set(roles)) == 7
+    assert len(roles) == len(set(roles)) == 8
 
 
 def test_a_training_job_may_read_its_inputs_and_write_its_outputs(prod: Templates) -> None:

@@ -132,15 +132,36 @@ def test_failed_sign_ins_raise_an_alarm(either: Templates) -> None:
 
 def test_predict_is_as_large_as_the_largest_model_asks(prod: Templates) -> None:
     predict = prod.serving.functions["predict"]["Properties"]
-    assert predict["MemorySize"] == 1769
-    assert predict["Timeout"] == 29
-    assert len(predict["Layers"]) == 4
+    part = prod.serving.functions["predict_part"]["Properties"]
+    for function in (predict, part):
+        assert function["MemorySize"] == 1769
+        assert function["Timeout"] == 29
+        assert len(function["Layers"]) == 4
     assert len(prod.serving.functions["authorize"]["Properties"]["Layers"]) == 2
+
+
+def test_predict_knows_its_parts_function_and_the_queue_and_its_parts_neither(either: Templates) -> None:
+    variables = either.serving.functions["predict"]["Properties"]["Environment"]["Variables"]
+    part = either.serving.functions["predict_part"]
+    assert variables["LABELLOOP_PREDICT_PART_FUNCTION"] == {"Ref": either.serving.id_of(part)}
+    assert "PrelabelQueue" in flat(variables["LABELLOOP_PRELABEL_QUEUE"])
+    own = {"LABELLOOP_PREDICT_PART_FUNCTION", "LABELLOOP_PRELABEL_QUEUE"}
+    assert part["Properties"]["Environment"]["Variables"].keys() == variables.keys() - own
+
+
+def test_only_predict_may_invoke_and_only_the_parts(prod: Templates) -> None:
+    invoking = []
+    for name, function in prod.functions.items():
+        template = prod.training if name in prod.training.functions else prod.serving
+        (role,) = function["Properties"]["Role"]["Fn::GetAtt"][:1]
+        invoking += [(name, s["Resource"]) for s in template.statements(role) if s["Action"] == "lambda:InvokeFunction"]
+    part = prod.serving.id_of(prod.serving.functions["predict_part"])
+    assert invoking == [("predict", {"Fn::GetAtt": [part, "Arn"]})]
 
 
 def test_what_the_api_runs_is_bounded(prod: Templates, tmp_path: Path) -> None:
     bounds = {name: f["Properties"]["ReservedConcurrentExecutions"] for name, f in prod.serving.functions.items()}
-    assert bounds == {"authorize": 20, "predict": 100}
+    assert bounds == {"authorize": 20, "predict": 100, "predict_part": 100}
     unbounded = synthesize({**PROD_CONTEXT, "reserved_concurrency": "no"}, tmp_path).serving
     assert not [f for f in unbounded.functions.values() if "ReservedConcurrentExecutions" in f["Properties"]]
 

@@ -35,7 +35,7 @@ def documented_environment() -> dict[str, set[str]]:
         for name, cell in zip(names, row[1:], strict=True):
             if "✓" in cell:
                 table[name] |= set(re.findall(r"`([A-Z_]+)`", row[0]))
-    for name in ("predict", "prelabel"):
+    for name in ("predict", "predict_part", "prelabel"):
         table[name] |= THREADS
     return table
 

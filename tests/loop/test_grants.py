@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -23,12 +24,14 @@ from PIL import Image
 
 from labelloop import artifacts, problem_types
 from labelloop.announcements import announce
+from labelloop.predict import PART
 from labelloop.records import Promotion, Suspect, VersionJudged
 from tests.laptop import Loop, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ASKED_AGAIN = timedelta(seconds=31)  # after a training's end `retrain` asks for a verdict that is missing
+NO_TASK = 10**8  # ids that no task has
 LATER = 900  # a version that no training of these tests reaches
 NOT_SEEN_HERE = {  # action, and where it counts for some functions only, their names
     "logs:CreateLogStream": "the emulator writes logs itself",
@@ -57,6 +60,7 @@ class Function:
     def __init__(self, configuration: dict[str, Any]) -> None:
         self.name = str(configuration["Environment"]["Variables"]["POWERTOOLS_SERVICE_NAME"])
         self._environment, self._physical = configuration["Environment"]["Variables"], configuration["FunctionName"]
+        self._timeout = int(configuration["Timeout"])
         self._role = configuration["Role"].rpartition("/")[2]
         self._iam, self._lambda = boto3.client("iam"), boto3.client("lambda")
         (self._policy,) = self._iam.list_role_policies(RoleName=self._role)["PolicyNames"]
@@ -89,10 +93,12 @@ class Function:
     def _put(self, document: dict[str, Any]) -> None:
         self._iam.put_role_policy(RoleName=self._role, PolicyName=self._policy, PolicyDocument=json.dumps(document))
 
-    def invoke(self, event: dict[str, Any]) -> Any:
-        """Its answer, from a process that remembers nothing."""
+    def invoke(self, event: dict[str, Any], *, seconds: int | None = None) -> Any:
+        """Its answer, from a process that remembers nothing. `seconds`: it has only that long."""
         variables = {**self._environment, "LABELLOOP_START": str(next(self._starts))}
-        self._lambda.update_function_configuration(FunctionName=self._physical, Environment={"Variables": variables})
+        self._lambda.update_function_configuration(
+            FunctionName=self._physical, Environment={"Variables": variables}, Timeout=seconds or self._timeout
+        )
         self._lambda.get_waiter("function_updated_v2").wait(FunctionName=self._physical, WaiterConfig={"Delay": 1})
         for _ in range(3):  # the emulator may lose a process that it has just replaced
             answer = self._lambda.invoke(FunctionName=self._physical, Payload=json.dumps(event).encode())
@@ -102,7 +108,9 @@ class Function:
 
     def forget(self) -> None:
         """Leave the function as it was deployed."""
-        self._lambda.update_function_configuration(FunctionName=self._physical, Environment={"Variables": self._environment})
+        self._lambda.update_function_configuration(
+            FunctionName=self._physical, Environment={"Variables": self._environment}, Timeout=self._timeout
+        )
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -140,17 +148,36 @@ class Works:
         return "policyDocument" in answer and answer["policyDocument"]["Statement"][0]["Effect"] == "Allow"
 
     def predict(self, function: Function) -> bool:
-        addresses = [self._loop.address(self._loop.data[0]), "/data/upload/1/never-there.png"]
-        tasks = [{"id": number, "data": {"image": address}} for number, address in enumerate(addresses)]
-        event = {
-            "resource": "/{model}/predict",
-            "pathParameters": {"model": self._model},
-            "body": json.dumps({"tasks": tasks}),
-        }
-        answer = function.invoke(event)
-        if answer.get("statusCode") != 200:
+        """It predicts, has parts of many tasks predicted, and queues what it has no time for."""
+
+        def results(tasks: list[dict[str, Any]], seconds: int | None = None) -> list[dict[str, Any]]:
+            body = json.dumps({"tasks": tasks})
+            event = {"resource": "/{model}/predict", "pathParameters": {"model": self._model}, "body": body}
+            answer = function.invoke(event, seconds=seconds)
+            return list(json.loads(answer["body"]).get("results", [])) if "body" in answer else []
+
+        few = results(self._two_tasks())
+        if not self._are_answers(few):
             return False
-        own, upload = json.loads(answer["body"])["results"]
+        own, _ = self._two_tasks()
+        many = results([own] * (PART + 1))
+        late = results([own], seconds=7)
+        return bool(many and all("result" in entry for entry in many) and late and late[0].get("error", "").startswith("queued"))
+
+    def predict_part(self, function: Function) -> bool:
+        champion = msgspec.to_builtins(self._loop.champion)
+        answer = function.invoke({"champion": champion, "tasks": self._two_tasks(), "until": time.time() + 60})
+        return self._are_answers(answer.get("results", []))
+
+    def _two_tasks(self) -> list[dict[str, Any]]:
+        """An image of the bucket, and an upload that Label Studio does not have."""
+        addresses = [self._loop.address(self._loop.data[0]), "/data/upload/1/never-there.png"]
+        return [{"id": NO_TASK + number, "data": {"image": address}} for number, address in enumerate(addresses)]
+
+    def _are_answers(self, results: list[dict[str, Any]]) -> bool:
+        if len(results) != 2 or None in results:
+            return False
+        own, upload = results
         return bool(own.get("result")) and "Label Studio answered" in upload["error"]  # asked for with the token, and not there
 
     def ingest(self, function: Function) -> bool:
@@ -279,7 +306,7 @@ def functions(loop: Loop, first_version: Promotion) -> Iterator[dict[str, Functi
             function.forget()
 
 
-@pytest.mark.parametrize("name", ["authorize", "predict", "ingest", "prelabel", "refresh", "promote", "retrain"])
+@pytest.mark.parametrize("name", ["authorize", "predict", "predict_part", "ingest", "prelabel", "refresh", "promote", "retrain"])
 def test_a_function_misses_each_of_its_grants(loop: Loop, functions: dict[str, Function], name: str) -> None:
     function, works = functions[name], Works(loop, functions).of(name)
     assert works(), "it does not work with all its grants"

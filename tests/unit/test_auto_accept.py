@@ -18,7 +18,7 @@ from labelloop.artifacts import Bucket, Champions
 from labelloop.auto_accept import AutoAcceptState, evidence
 from labelloop.dataset import split_of
 from labelloop.inference import Model
-from labelloop.label_studio.client import StoredPrediction, UnlabelledTask
+from labelloop.label_studio.client import StoredPrediction, StoredTask
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask, model_annotation_id
 from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelConfigs, ModelFolder
@@ -247,9 +247,9 @@ class Unlabelled(Annotations):
     images: dict[int, str] = field(default_factory=dict)
     stored: dict[int, list[StoredPrediction]] = field(default_factory=dict)
 
-    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[UnlabelledTask]:
+    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[StoredTask]:
         return [
-            UnlabelledTask(PredictTask(number, {"image": image}, task(number).meta), self.stored.get(number, []))
+            StoredTask(PredictTask(number, {"image": image}, task(number).meta), self.stored.get(number, []))
             for number, image in self.images.items()
             if after < number <= upto and number not in self.tasks
         ]

@@ -37,6 +37,7 @@ STATUS = {
     "TooLargeError": 500,
     "ModelError": 500,
     "ConflictError": 409,
+    "LateError": 503,
     "NotSetUpError": 409,
     "ServiceError": 503,
     "LabelStudioError": 503,

@@ -100,6 +100,7 @@ CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "find_images": lambda client: client.find_images(1, ["s3://b/k"], "image"),
     "unlabelled_ids": lambda client: client.unlabelled_ids(1, 0),
     "unlabelled_tasks": lambda client: client.unlabelled_tasks(1, 0, 9),
+    "tasks_with_ids": lambda client: client.tasks_with_ids(1, [1]),
     "add_prediction": lambda client: client.add_prediction(1, 2, Prediction([], 0.5, "digits v1"), None),
     "prediction": lambda client: client.prediction(1),
     "tabs": lambda client: client.tabs(1),
@@ -371,6 +372,33 @@ def test_unlabelled_tasks_come_with_their_predictions_the_oldest_first(
         ("filter:tasks:cancelled_annotations", "equal"): 0,
     }
     assert query(server.requests[0])["resolve_uri"] == "false"
+
+
+def test_tasks_with_ids_say_whether_somebody_has_begun_them(server: RecordingServer, client: LabelStudioClient) -> None:
+    counts = [(0, 0, False), (1, 0, False), (0, 1, False), (0, 0, True)]
+    tasks = [
+        {
+            "id": number,
+            "data": {"image": "s3://b/k"},
+            "predictions": [{**STORED, "task": number}],
+            "total_annotations": annotated,
+            "cancelled_annotations": skipped,
+            "draft_exists": drafted,
+        }
+        for number, (annotated, skipped, drafted) in enumerate(counts)
+    ]
+    server.answer = lambda _: Answer(body={"tasks": tasks})
+    found = client.tasks_with_ids(4, [0, 1, 2, 3, 9])
+    assert [(task.task.id, task.begun, len(task.predictions)) for task in found] == [
+        (0, False, 1),
+        (1, True, 1),
+        (2, True, 1),
+        (3, True, 1),
+    ]
+    assert view(server.requests[0])["selectedItems"] == {"all": False, "included": [0, 1, 2, 3, 9]}
+    assert query(server.requests[0])["page_size"] == "5"
+    assert client.tasks_with_ids(4, []) == []
+    assert len(server.requests) == 1, "without ids Label Studio would list all"
 
 
 def test_a_prediction_keeps_its_cluster(server: RecordingServer, client: LabelStudioClient) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -17,12 +17,12 @@ import pytest
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions, s3_uri
 from labelloop.errors import LabelStudioError, ServiceError, StorageError
-from labelloop.label_studio.client import StoredPrediction, UnlabelledTask
+from labelloop.label_studio.client import StoredPrediction, StoredTask
 from labelloop.label_studio.payloads import Prediction, PredictTask
 from labelloop.ledger import Ledger
 from labelloop.predict import Predictor, TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabelled, Prelabeller
-from labelloop.prelabel_queue import RANGE, PrelabelQueue, unlabelled_ranges
+from labelloop.prelabel_queue import RANGE, PrelabelQueue, asked_ranges, unlabelled_ranges
 from labelloop.records import TaskRange
 from tests import examples
 
@@ -69,11 +69,18 @@ class LabelStudio:
             raise LabelStudioError("database is locked", status=500)
         self.writes.append(kind)
 
-    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[UnlabelledTask]:
+    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[StoredTask]:
         return [
-            UnlabelledTask(PredictTask(number, {"image": task.image}, {"group": task.group}), list(task.predictions))
+            StoredTask(PredictTask(number, {"image": task.image}, {"group": task.group}), list(task.predictions))
             for number, task in self.tasks.items()
             if after < number <= upto and not task.begun
+        ]
+
+    def tasks_with_ids(self, project: int, tasks: Sequence[int]) -> list[StoredTask]:
+        return [
+            StoredTask(PredictTask(number, {"image": task.image}, {"group": task.group}), list(task.predictions), task.begun)
+            for number, task in self.tasks.items()
+            if number in tasks
         ]
 
     def unlabelled_ids(self, project: int, last: int, *, limit: int = 250) -> list[int]:
@@ -276,15 +283,55 @@ def test_a_label_studio_that_takes_nothing_is_an_error(world: World) -> None:
 def test_the_live_answer_has_the_same_score_and_gets_its_cluster_afterwards(world: World) -> None:
     world.promote(1)
     task = world.label_studio.add(world.image("a"))
-    live = Predictor(examples.CONFIGS, world.champions, world.predictor, log=world._log)
+    live = Predictor(examples.CONFIGS, world.champions, world.predictor, lambda: cast(Any, None), log=world._log)
     there = world.label_studio.tasks[task]
     body = {"tasks": [{"id": task, "data": {"image": there.image}, "meta": {"group": there.group}}]}
-    answer = msgspec.to_builtins(live.predict("digits", json.dumps(body).encode()))["results"][0]
+    answer = msgspec.to_builtins(live.predict("digits", json.dumps(body).encode(), seconds=29))["results"][0]
     world.label_studio._store(task, answer["model_version"], answer["score"], cluster=7)  # no cluster of this version
     world.work()
     [stored] = world.label_studio.tasks[task].predictions
     assert stored.score == pytest.approx(answer["score"])
     assert stored.cluster is None
+
+
+# Tasks that somebody asked predictions of
+
+
+def asked(*tasks: int) -> TaskRange:
+    (message,) = asked_ranges("digits", tasks)
+    return message
+
+
+def test_asked_tasks_get_the_champions_prediction_once_labelled_or_not_and_no_other_does(world: World) -> None:
+    world.promote(2)
+    studio = world.label_studio
+    names = ("new", "stale", "labelled", "labelled before", "has it", "nobody asked")
+    made_by: list[list[str]] = [[], ["digits v1"], [], ["digits v1", "sam v1"], ["digits v2"], []]
+    tasks = [studio.add(world.image(name), *versions) for name, versions in zip(names, made_by, strict=True)]
+    for begun in tasks[2:5]:
+        studio.tasks[begun].begun = True
+    message = asked(*tasks[:5])
+    assert world.work(message).tasks == 5
+    versions = [[made for _, made in studio.versions(task)] for task in tasks]
+    assert versions == [["digits v2"], ["digits v2"], ["digits v2"], ["digits v1", "sam v1", "digits v2"], ["digits v2"], []]
+    before = list(studio.writes)
+    assert world.work(message).written == 0
+    assert studio.writes[len(before) :] == []
+
+
+def test_a_labelled_tasks_second_prediction_of_the_champion_goes_when_nobody_has_it_open(world: World) -> None:
+    world.promote(2)
+    task = world.label_studio.add(world.image("a"), "digits v1", "digits v2", "digits v2")
+    world.label_studio.tasks[task].begun = True
+    assert world.work(asked(task)).unsettled == 1
+    world.label_studio.let_time_pass()
+    assert world.work(asked(task)).unsettled == 0
+    assert world.label_studio.versions(task) == [(1, "digits v1"), (2, "digits v2")]
+
+
+def test_asked_tasks_that_are_gone_are_no_error(world: World) -> None:
+    world.promote(1)
+    assert world.work(asked(3, 4)).tasks == 0
 
 
 # The queue

@@ -10,6 +10,7 @@
     ├── AnnotationError          an annotation cannot become a training example
     ├── ModelError               a model file is missing, damaged, or not what its record says
     ├── ConflictError            somebody else changed the record first; read again and decide again
+    ├── LateError                there was no time left for it
     ├── NotSetUpError            `setup-label-studio-project` has not been run for the model
     └── ServiceError             a service labelloop stands on did not do its part
         ├── LabelStudioError
@@ -75,6 +76,10 @@ class ConflictError(LabelloopError):
     pass
 
 
+class LateError(LabelloopError):
+    pass
+
+
 class NotSetUpError(LabelloopError):
     pass
 
@@ -120,7 +125,7 @@ def http_status(error: LabelloopError) -> int:
             return 404
         case ConflictError() | NotSetUpError():
             return 409
-        case ServiceError():
+        case ServiceError() | LateError():
             return 503
         case _:
             return 500

@@ -2,12 +2,16 @@
 
 Setup never loads a model (Label Studio gives it 3 seconds); the champion pointer is read again every few seconds, so that a
 promotion or a rollback is served without a deployment. One broken image spoils no other task's prediction.
+
+A request of many tasks (Retrieve Predictions sends all at once) is split over other invocations, and what there was no time for
+is queued: API Gateway gives up after 29 seconds, and an answer that comes too late is lost whole.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import re
 import time
@@ -17,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from threading import BoundedSemaphore, Condition
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -25,7 +29,17 @@ import msgspec
 from labelloop import active_learning, imaging, problem_types
 from labelloop.active_learning import Place
 from labelloop.artifacts import Bucket, Champions, is_plain_key, parse_s3_uri
-from labelloop.errors import ImageError, LabelloopError, LabelStudioError, ModelError, RequestError, StorageError, TooLargeError
+from labelloop.errors import (
+    ImageError,
+    LabelloopError,
+    LabelStudioError,
+    LateError,
+    ModelError,
+    RequestError,
+    ServiceError,
+    StorageError,
+    TooLargeError,
+)
 from labelloop.label_studio.payloads import (
     NotPredicted,
     Prediction,
@@ -45,7 +59,12 @@ if TYPE_CHECKING:
 POINTER_SECONDS = 3.0
 FETCH_THREADS = 32  # an image waits for S3, not for a core
 MAX_BODY = 6 * 2**20  # bytes; Lambda takes no larger request
-MAX_TASKS = 5_000  # of a request; their answers have to fit Lambda's, of 6 MB as well
+MAX_TASKS = 5_000  # of a request
+PART = 50  # tasks that are predicted by one invocation; above, a request is split
+MAX_ANSWER = 6 * 2**20 - 2**16  # bytes, of the answers as Lambda sends them, in 6 MB with their wrapping
+QUEUED = NotPredicted("queued: there was no time or room for its prediction, which is imported afterwards")
+_TO_ANSWER = 5.0  # seconds to queue what is late and to answer; a cold start before the function's own time is in them, too
+_LAST_IMAGE = 2.0  # seconds before that, in which an image that was begun is finished
 _USUAL_BYTES = 2 * 2**20  # of an image's file; that many a thread are always there, larger ones wait for room
 _ROOM = imaging.MAX_BYTES  # for any file that is read
 _MMAP_THRESHOLD = -3  # as glibc's malloc.h has it
@@ -85,10 +104,13 @@ class TaskPredictor:
         self._room = _Room(_ROOM)
         _return_memory_at_once()
 
-    def predict(self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None) -> list[Predicted | LabelloopError]:
+    def predict(
+        self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None, *, until: float = math.inf
+    ) -> list[Predicted | LabelloopError]:
         """What the version says of each task, or why it says nothing of that one. Raises `ModelError`, `StorageError`.
 
-        A `ServiceError` in a task's place may be another answer next time. `context` is interactive mode's.
+        A `ServiceError` in a task's place may be another answer next time. `context` is interactive mode's. `until`: on the clock
+        `time.monotonic`; tasks whose turn does not come by then are a `LateError`.
         """
         if not tasks:
             return []
@@ -97,8 +119,10 @@ class TaskPredictor:
         cores = BoundedSemaphore(os.cpu_count() or 1)
 
         def examine(task: PredictTask, limit: int) -> Predicted:
+            _be_in_time(until)
             data = self._fetch(folder, task, limit)
             with cores:
+                _be_in_time(until)
                 return _examine(onnx, folder, task, data, context)
 
         def answer(task: PredictTask) -> Predicted | LabelloopError:
@@ -184,11 +208,61 @@ class TaskPredictor:
         return model
 
 
-class Predictor:
-    """Answers Label Studio. `log(message, **fields)` is told of each task without a prediction."""
+class Part(msgspec.Struct, frozen=True):
+    """Tasks of a larger request, for another invocation: what it is sent.
 
-    def __init__(self, configs: ModelConfigs, champions: Champions, tasks: TaskPredictor, *, log: Callable[..., None]) -> None:
+    `champion` is the version that all parts answer with. `until`: seconds since 1970; no image is begun later.
+    """
+
+    champion: Champion
+    tasks: list[PredictTask]
+    until: float
+
+
+class Elsewhere(Protocol):
+    """Where a request's tasks go that this invocation does not predict itself; `fan_out.FanOut`."""
+
+    def predict(self, champion: Champion, tasks: Sequence[PredictTask], *, until: float) -> list[msgspec.Raw | None]:
+        """Each task's entry of the answer, in JSON; None where none came. It returns by `until` (`time.monotonic`)."""
+        ...
+
+    def queue(self, model: str, tasks: Sequence[int]) -> None:
+        """Have the tasks with these ids predicted afterwards. Raises `ServiceError`."""
+        ...
+
+
+class PartPredictor:
+    """Answers the invocation that sent a part. `log(message, **fields)` is told of each task without a prediction."""
+
+    def __init__(self, tasks: TaskPredictor, *, log: Callable[..., None]) -> None:
+        self._tasks, self._log = tasks, log
+
+    def __call__(self, part: Part) -> list[Prediction | NotPredicted | None]:
+        """Each task's entry of the answer; None for what may go well later. Raises `ModelError`, `StorageError`.
+
+        Many parts at once can be too much for who holds the images: a `ServiceError` is no last word here.
+        """
+        until = time.monotonic() + part.until - time.time()
+        return _entries(self._tasks, part.champion, part.tasks, until=until, log=self._log, later=(LateError, ServiceError))
+
+
+class Predictor:
+    """Answers Label Studio. `elsewhere` is called for when it is needed first; it takes a while to get ready.
+
+    `log(message, **fields)` is told of each task without a prediction.
+    """
+
+    def __init__(
+        self,
+        configs: ModelConfigs,
+        champions: Champions,
+        tasks: TaskPredictor,
+        elsewhere: Callable[[], Elsewhere],
+        *,
+        log: Callable[..., None],
+    ) -> None:
         self._configs, self._champions, self._tasks, self._log = configs, champions, tasks, log
+        self._elsewhere = elsewhere
         self._pointers: dict[str, tuple[float, Champion | None]] = {}
 
     def setup(self, model: str, body: bytes) -> dict[str, Any]:
@@ -202,12 +276,16 @@ class Predictor:
         """Answer of `GET versions`: the version that serves."""
         return {"versions": [self.setup(model, b"{}")["model_version"]]}
 
-    def predict(self, model: str, body: bytes) -> PredictResponse:
-        """Answer of `POST predict`: an entry for each task; a task that cannot be predicted says why in its own.
+    def predict(self, model: str, body: bytes, *, seconds: float) -> PredictResponse:
+        """Answer of `POST predict`, within so many `seconds`: an entry for each task; one without a prediction says why.
+
+        More than `PART` tasks are predicted elsewhere, all with one version. What is late, or does not fit into the answer, is
+        queued; raises `ServiceError` when that cannot be.
 
         With a context (interactive mode) a detector answers with its best box where the annotator points; the editor wants a
         result there even when there is none to give.
         """
+        until = time.monotonic() + seconds - _TO_ANSWER
         request = _parse(body, PredictRequest)
         _ = self._configs[model].label_config  # an unknown model is one before its first version, too
         tasks = request.tasks or []
@@ -218,14 +296,36 @@ class Predictor:
         version = version_string(model, champion.version if champion else None)
         if champion is None:
             return PredictResponse([_nothing("no model has been trained yet", version, context) for _ in tasks], version)
-        results: list[Prediction | NotPredicted] = []
-        for task, found in zip(tasks, self._tasks.predict(champion, tasks, context), strict=True):
-            if isinstance(found, LabelloopError):
-                self._log("not predicted", task=task.id if isinstance(task.id, int) else None, reason=str(found))
-                results.append(_nothing(str(found), version, context))
+        found: Sequence[Prediction | NotPredicted | msgspec.Raw | None]
+        if len(tasks) > PART and not context:
+            found = self._elsewhere().predict(champion, tasks, until=until)
+        else:
+            until = math.inf if context else until - _LAST_IMAGE
+            found = _entries(self._tasks, champion, tasks, context, until=until, log=self._log)
+        return PredictResponse(self._complete(model, tasks, found), version)
+
+    def _complete(
+        self, model: str, tasks: Sequence[PredictTask], found: Sequence[Prediction | NotPredicted | msgspec.Raw | None]
+    ) -> list[Prediction | NotPredicted | msgspec.Raw]:
+        """An entry for each task: where there is none, or no room for it, the task is queued."""
+        queued = _size(QUEUED)
+        room = MAX_ANSWER - len(found) * queued
+        results: list[Prediction | NotPredicted | msgspec.Raw] = []
+        late: list[int] = []
+        for task, entry in zip(tasks, found, strict=True):
+            more = 0 if entry is None else _size(entry) - queued
+            if entry is not None and more <= room:
+                results.append(entry)
+                room -= more
+            elif type(task.id) is int:
+                results.append(QUEUED)
+                late.append(task.id)
             else:
-                results.append(Prediction(result=found.result, score=found.place.score, model_version=version))
-        return PredictResponse(results, version)
+                results.append(NotPredicted("there was no time or room for its prediction, and without an id none is imported"))
+        if late:
+            self._elsewhere().queue(model, late)
+            self._log("queued", late=len(late), tasks=len(tasks))
+        return results
 
     def _champion(self, model: str) -> Champion | None:
         read_at, champion = self._pointers.get(model, (-POINTER_SECONDS, None))
@@ -273,6 +373,40 @@ def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, c
     certainty = problem_type.certainty(candidates, onnx.card)
     group = task.group or hashlib.sha256(data).hexdigest()
     return Predicted(regions, result, certainty, active_learning.place(folder.config, onnx.card, group, certainty, embedding))
+
+
+def _entries(
+    predictor: TaskPredictor,
+    champion: Champion,
+    tasks: Sequence[PredictTask],
+    context: Any = None,
+    *,
+    until: float,
+    log: Callable[..., None],
+    later: tuple[type[LabelloopError], ...] = (LateError,),
+) -> list[Prediction | NotPredicted | None]:
+    """Each task's entry of an answer; None in place of the errors `later`."""
+    version = version_string(champion.model, champion.version)
+    entries: list[Prediction | NotPredicted | None] = []
+    for task, found in zip(tasks, predictor.predict(champion, tasks, context, until=until), strict=True):
+        if isinstance(found, later):
+            entries.append(None)
+        elif isinstance(found, LabelloopError):
+            log("not predicted", task=task.id if isinstance(task.id, int) else None, reason=str(found))
+            entries.append(_nothing(str(found), version, context))
+        else:
+            entries.append(Prediction(result=found.result, score=found.place.score, model_version=version))
+    return entries
+
+
+def _be_in_time(until: float) -> None:
+    if time.monotonic() >= until:
+        raise LateError("its turn did not come in time")
+
+
+def _size(entry: Any) -> int:
+    """Bytes of an entry in what the function answers: JSON in JSON."""
+    return len(msgspec.json.encode(msgspec.json.encode(entry).decode()))
 
 
 def _nothing(reason: str, version: str, context: Any) -> Prediction | NotPredicted:

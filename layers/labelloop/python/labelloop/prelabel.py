@@ -3,6 +3,9 @@
 A worker makes it so that every unlabelled task of a range has one prediction of the loop's, the champion's. It looks, does
 one thing, and looks again until there is nothing left to do, for annotators and promotions go on meanwhile: whoever overtook
 whom, the last look is right.
+
+Tasks that somebody asked predictions of (Retrieve Predictions) and that `predict` had no time for come here, too, labelled ones
+among them. Those get the champion's prediction beside what they have, as Label Studio itself would have stored it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from functools import partial
 from labelloop import auto_accept
 from labelloop.artifacts import Champions
 from labelloop.errors import LabelloopError, LabelStudioError, ServiceError
-from labelloop.label_studio.client import LabelStudioClient, StoredPrediction, UnlabelledTask
+from labelloop.label_studio.client import LabelStudioClient, StoredPrediction, StoredTask
 from labelloop.label_studio.payloads import Prediction
 from labelloop.ledger import Ledger
 from labelloop.predict import Predicted, TaskPredictor
@@ -57,7 +60,7 @@ class Prelabeller:
         self._log = log
 
     def __call__(self, tasks: TaskRange) -> Prelabelled:
-        """Predict a range's unlabelled tasks; repeating it changes nothing. Raises `NotSetUpError`, `ModelError`, `ServiceError`.
+        """Predict a range's tasks; repeating it changes nothing. Raises `NotSetUpError`, `ModelError`, `ServiceError`.
 
         A task whose image is broken keeps the predictions that it has.
         """
@@ -71,7 +74,7 @@ class Prelabeller:
             if before is not None and champion.sha256 != before.sha256:
                 found.clear()
             outcome.version = version_string(tasks.model, champion.version)
-            listed = self._label_studio.unlabelled_tasks(project, tasks.after, tasks.upto)
+            listed = self._list(project, tasks)
             outcome.tasks = len(listed)
             new = [task for task in listed if task.task.id not in found]
             if new:  # takes its time: annotators go on, so look again before writing
@@ -85,19 +88,25 @@ class Prelabeller:
                 return outcome
         raise LabelStudioError(f"Label Studio does not keep the predictions of tasks {tasks.after} to {tasks.upto}")
 
-    def _accept(self, project: int, champion: Champion, predicted: Sequence[tuple[UnlabelledTask, Predicted]]) -> int:
+    def _list(self, project: int, tasks: TaskRange) -> list[StoredTask]:
+        if tasks.asked is None:
+            return self._label_studio.unlabelled_tasks(project, tasks.after, tasks.upto)
+        return self._label_studio.tasks_with_ids(project, tasks.asked)
+
+    def _accept(self, project: int, champion: Champion, predicted: Sequence[tuple[StoredTask, Predicted]]) -> int:
         """Let sure predictions become annotations, where the config asks for it; how many did."""
         folder = self._predictor.folder(champion)
         if folder.config.auto_accept is None:
             return 0
-        card, pairs = self._predictor.card(champion), [(listed.task, answer) for listed, answer in predicted]
+        card = self._predictor.card(champion)
+        pairs = [(listed.task, answer) for listed, answer in predicted if not listed.begun]
         return auto_accept.accept(folder, card, champion.version, project, self._ledger, self._label_studio, pairs)
 
     def _settle(
         self,
         project: int,
         champion: Champion,
-        predicted: Sequence[tuple[UnlabelledTask, Predicted]],
+        predicted: Sequence[tuple[StoredTask, Predicted]],
         outcome: Prelabelled,
     ) -> bool:
         """Write and delete what is not as it should be; whether there was anything to do."""
@@ -107,7 +116,11 @@ class Prelabeller:
         outcome.unsettled = 0
         for task, answer in predicted:
             wanted, cluster = Prediction(answer.result, answer.place.score, version), answer.place.cluster
-            ours = [stored for stored in task.predictions if _is_ours(stored, champion.model)]
+            ours = [
+                stored
+                for stored in task.predictions
+                if stored.made_by == version or (not task.begun and _is_ours(stored, champion.model))
+            ]
             stale = [stored for stored in ours if not _says(stored, wanted, cluster)]
             writes += [partial(self._label_studio.change_prediction, project, stored, wanted, cluster) for stored in stale]
             if not ours:
@@ -129,7 +142,7 @@ class Prelabeller:
         if errors and len(errors) == len(requests):
             raise errors[0]
 
-    def _report(self, listed: Sequence[UnlabelledTask], found: dict[int, Predicted | LabelloopError]) -> None:
+    def _report(self, listed: Sequence[StoredTask], found: dict[int, Predicted | LabelloopError]) -> None:
         """Tell of tasks without a prediction. Raises the first `ServiceError` among them: another time it may go well."""
         errors = [(task.task.id, answer) for task in listed if isinstance(answer := found[task.task.id], LabelloopError)]
         for number, error in errors:

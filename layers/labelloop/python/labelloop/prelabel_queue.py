@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import batched
 from typing import Any
@@ -34,6 +34,12 @@ class PrelabelQueue:
                 raise ServiceError(f"the prelabel queue takes no message: {error}") from error
             sent += 1
         return sent
+
+
+def asked_ranges(model: str, tasks: Sequence[int]) -> Iterator[TaskRange]:
+    """Tasks that somebody asked predictions of, by id, `RANGE` in each."""
+    for some in batched(sorted(set(tasks)), RANGE, strict=False):
+        yield TaskRange(model=model, after=some[0] - 1, upto=some[-1], asked=list(some))
 
 
 def unlabelled_ranges(model: str, label_studio: LabelStudioClient, project: int) -> Iterator[TaskRange]:

@@ -404,12 +404,16 @@ class VersionJudged(Record, frozen=True, kw_only=True):
     version: int
 
 
-class TaskRange(Record, frozen=True, kw_only=True):
-    """A message of the prelabel queue: predict the unlabelled tasks whose ids lie above `after`, up to `upto`."""
+class TaskRange(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A message of the prelabel queue: predict the unlabelled tasks whose ids lie above `after`, up to `upto`.
+
+    `asked`: instead of all of these just the tasks with these ids, labelled or not, because somebody asked for their predictions.
+    """
 
     model: str
     after: int
     upto: int
+    asked: list[int] | None = None
 
 
 def now() -> str:

@@ -71,6 +71,11 @@ class Settings:
         return self._get("LABELLOOP_PRELABEL_QUEUE")
 
     @property
+    def predict_part_function(self) -> str:
+        """Name of the function that predicts parts of large requests."""
+        return self._get("LABELLOOP_PREDICT_PART_FUNCTION")
+
+    @property
     def training_role(self) -> str:
         return self._get("LABELLOOP_TRAINING_ROLE")
 

@@ -35,6 +35,8 @@ _RETRIES = urllib3.Retry(
 )
 # A listing otherwise shows images at an address of Label Studio's own, once a storage covers them.
 _AS_STORED = {"include": "id,data", "resolve_uri": "false"}
+_WITH_PREDICTIONS = {"include": "id,data,meta,predictions", "fields": "all", "resolve_uri": "false"}
+_BEGUN = "total_annotations,cancelled_annotations,draft_exists"  # `drafts` are only those of the token's owner
 _LOCKED_SECONDS = (0.5, 1, 2, 4)  # between tries of what a locked database made fail
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
 _TASKS = 200  # ids in a URL
@@ -82,11 +84,12 @@ class StoredPrediction:
 
 
 @dataclass(frozen=True)
-class UnlabelledTask:
-    """A task that nobody has annotated, skipped or begun, and its predictions, the oldest first."""
+class StoredTask:
+    """A task and its predictions, the oldest first. `begun`: somebody has annotated or skipped it, or has a draft of it."""
 
     task: PredictTask
     predictions: list[StoredPrediction]
+    begun: bool = False
 
 
 class LabelStudioClient:
@@ -166,18 +169,22 @@ class LabelStudioClient:
         answer = self._unlabelled(project, [("id", "greater", "Number", last)], limit, {"include": "id"})
         return [int(task["id"]) for task in answer]
 
-    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[UnlabelledTask]:
+    def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[StoredTask]:
         """Those with neither annotation, skip nor draft, with `after` < id <= `upto`, by id."""
         begun = ("draft_exists", "equal", "Boolean", False)
         ids = [("id", "greater", "Number", after), ("id", "less_or_equal", "Number", upto)]
-        fields = {"include": "id,data,meta,predictions", "fields": "all", "resolve_uri": "false"}
-        return [
-            UnlabelledTask(
-                PredictTask(id=int(task["id"]), data=task["data"], meta=task.get("meta")),
-                sorted(map(_stored_prediction, task["predictions"]), key=lambda prediction: prediction.id),
-            )
-            for task in self._unlabelled(project, [*ids, begun], max(upto - after, 1), fields)
-        ]
+        return [_stored_task(task) for task in self._unlabelled(project, [*ids, begun], max(upto - after, 1), _WITH_PREDICTIONS)]
+
+    def tasks_with_ids(self, project: int, tasks: Sequence[int]) -> list[StoredTask]:
+        """Those of the tasks that the project has, labelled or not, by id."""
+        found: list[StoredTask] = []
+        for start in range(0, len(tasks), _TASKS):
+            some = list(tasks[start : start + _TASKS])
+            query = {"selectedItems": {"all": False, "included": some}, "ordering": ["tasks:id"]}
+            fields = {**_WITH_PREDICTIONS, "include": f"{_WITH_PREDICTIONS['include']},{_BEGUN}"}
+            parameters = {"project": project, "page_size": len(some), "query": json.dumps(query), **fields}
+            found += map(_stored_task, self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"])
+        return found
 
     def _unlabelled(
         self, project: int, filters: list[tuple[str, str, str, Any]], limit: int, fields: dict[str, str]
@@ -401,6 +408,14 @@ def _stored_prediction(answer: dict[str, Any]) -> StoredPrediction:
         created_at=str(answer["created_at"]),
         updated_at=str(answer["updated_at"]),
         cluster=answer["cluster"],
+    )
+
+
+def _stored_task(task: dict[str, Any]) -> StoredTask:
+    return StoredTask(
+        PredictTask(id=int(task["id"]), data=task["data"], meta=task.get("meta")),
+        sorted(map(_stored_prediction, task["predictions"]), key=lambda prediction: prediction.id),
+        begun=any(task.get(field) for field in _BEGUN.split(",")),
     )
 
 

@@ -130,9 +130,12 @@ class NotPredicted(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PredictResponse(msgspec.Struct, frozen=True):
-    """Answer of `POST predict`: one entry for each task, in their order; `model_version` is the one that answered."""
+    """Answer of `POST predict`: one entry for each task, in their order; `model_version` is the one that answered.
 
-    results: list[Prediction | NotPredicted]
+    An entry that another invocation has made stays the JSON that it came as.
+    """
+
+    results: list[Prediction | NotPredicted | msgspec.Raw]
     model_version: str
 
 
