@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def brightest() -> nn.Sequential:
     """Tells the brightest of three channels: three layers, of which the last one stays float."""
     first, second, last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 3)
     for layer in (first, second, last):
-        nn.init.zeros_(layer.bias) if layer.bias is not None else None
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
     nn.init.dirac_(first.weight)
     nn.init.dirac_(second.weight)
     nn.init.eye_(last.weight)
@@ -235,7 +237,7 @@ class Runner:
 
 
 def test_the_race_takes_turns_and_medians(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization.time, "thread_time", lambda: Runner.now)
+    monkeypatch.setattr(time, "thread_time", lambda: Runner.now)
     said: list[str] = []
     one, other = Runner([9, 1, 1, 5], said, "float"), Runner([9, 2, 3, 4], said, "int8")
     models: Any = [one, other]
@@ -244,8 +246,8 @@ def test_the_race_takes_turns_and_medians(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_network_that_takes_long_runs_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization.time, "thread_time", lambda: Runner.now)
-    monkeypatch.setattr(quantization.time, "monotonic", lambda: Runner.now)
+    monkeypatch.setattr(time, "thread_time", lambda: Runner.now)
+    monkeypatch.setattr(time, "monotonic", lambda: Runner.now)
     said: list[str] = []
     models: Any = [Runner([20.0] * 200, said, "float")]
     assert quantization.race(models, data().test.pixels, 100) == [20_000]
