@@ -88,6 +88,11 @@ def unseen(images: int, z: float) -> float:
     return z * z / (images + z * z)
 
 
+def fewest(margin: float, confidence: float) -> int | None:
+    """From how many images on a difference that shows in none of them is surely less than the margin; None where never."""
+    return math.floor(_z(confidence) ** 2 * (1 / margin - 1)) + 1 if margin else None
+
+
 def mcnemar(won: int, lost: int) -> float:
     """The p-value, two-sided, of McNemar's exact test: whether the two models are equally often right.
 

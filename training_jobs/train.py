@@ -24,6 +24,7 @@ from labelloop.records import (
     METRIC_TITLES,
     Evaluation,
     HoldoutImage,
+    Int8,
     LabelsSaved,
     ManifestRow,
     Metric,
@@ -32,11 +33,11 @@ from labelloop.records import (
     Split,
 )
 from labelloop.settings import Settings
-from training_jobs import architectures, calibration, dataset, network, out_of_fold, problem, report_page
+from training_jobs import architectures, calibration, dataset, network, out_of_fold, problem, quantization, report_page
 from training_jobs.auto_accept import accept_from
 from training_jobs.comparison import compare
 from training_jobs.dataset import Dataset, Pixels
-from training_jobs.embeddings import Embeddings, centroids, embed
+from training_jobs.embeddings import Embeddings, centroids, embed, embeddings_of
 from training_jobs.export import export, stamp
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import TrainingJob, exit_when_stopped, report_failure
@@ -69,12 +70,16 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
         run.parameters(parameters(job, config, data))
         trained = fit(fresh, data, config, card, augment, job.checkpoint, lambda epoch: note(epoch, metric, run))
         exported, parity = export(trained, card, data.test.pixels, job.onnx)
-        calibrated = stamp(job.onnx, calibrate(exported, data))
+        served, int8 = quantization.choose(exported, job.onnx, data, config, predict)
+        calibrated = stamp(job.onnx, calibrate(served, data))
         unseen = predict_unseen(calibrated, folder, weights, data, job)
-        train_split, holdout = (embed(trained, config.problem_type, part.pixels) for part in (data.train, data.test))
+        parts = (data.train.pixels, data.test.pixels)
+        train_split, holdout = (
+            embeddings_of(served, pixels) if int8.chosen else embed(trained, config.problem_type, pixels) for pixels in parts
+        )
         challenger = stamp(job.onnx, inform(calibrated.card, unseen, train_split, config))
         saved = labels_saved(data.train.rows, train_split, data.test.rows, holdout, config)
-        evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity)
+        evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity, int8)
         return record(job, evaluation, run)
 
 
@@ -185,6 +190,7 @@ def evaluate(
     unseen: Unseen,
     saved: LabelsSaved | None,
     parity: float,
+    int8: Int8,
 ) -> Evaluation:
     """The report on challenger and champion over the holdout; run and version are not known yet.
 
@@ -217,6 +223,7 @@ def evaluate(
         ],
         onnx_sha256=hashlib.sha256(job.onnx.read_bytes()).hexdigest(),
         parity=parity,
+        int8=int8,
         gate=config.gate,
         comparison=compare(rows, found, before, card, champion.card, config.gate) if champion and before else None,
         calibration_error=calibration.calibration_error(config.problem_type, rows, unseen.of("test"), classes),
@@ -246,7 +253,7 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
     metric, value = challenger.metric, challenger.value
     title = METRIC_TITLES[metric]
     error = {} if evaluation.calibration_error is None else {"calibration_error": evaluation.calibration_error}
-    run.metrics(0, {metric: value, "parity": evaluation.parity, **error})
+    run.metrics(0, {metric: value, "parity": evaluation.parity, **error, **quantization.figures(evaluation.int8)})
     with tempfile.TemporaryDirectory() as scratch:
         caption = f"{title} {value:.1%} on {len(evaluation.holdout)} holdout images"
         plot = problem.of(evaluation.problem_type).plot(challenger, evaluation.classes, caption, Path(scratch))
@@ -259,6 +266,7 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
             metric: value,
             "job_name": evaluation.job_name,
             "holdout_images": len(evaluation.holdout),
+            **quantization.tags(evaluation.int8),
         }
     )
     numbered = msgspec.structs.replace(challenger, version=version)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from labelloop.records import Evaluation, HoldoutImage, Interval, LabelsSaved, Region, Scores
+from labelloop.records import Evaluation, HoldoutImage, Int8, Interval, LabelsSaved, Region, Scores
 from tests import examples
 from training_jobs import report_page
 
@@ -85,6 +85,15 @@ def test_it_says_the_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
     ):
         assert said in found.text, said
     assert found.tags.count("svg") == 2
+
+
+def test_it_says_which_numbers_serve_and_why(tmp_path: Path) -> None:
+    whole = report(["cat", "dog"])
+    for chosen, name in ((True, "int8"), (False, "float")):
+        said = msgspec.structs.replace(whole, int8=Int8(chosen=chosen, reason="5 < 7 ms"))
+        found = page(said, tmp_path)
+        assert f"reckons with {name} Why {name}: 5 < 7 ms." in found.text
+    assert "reckons with" not in page(whole, tmp_path).text  # a report of before
 
 
 def test_it_needs_nothing_else(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "short title": (changed(label_studio__title="ab"), "label_studio.title", "length >= 3"),
     "no instance of SageMaker": (changed(training__instance_type="g5.xlarge"), "training.instance_type", "matching regex"),
     "little memory": (changed(serving__memory_mb=128), "serving.memory_mb", ">= 512"),
+    "int8 whatever it costs": (changed(serving__int8="always"), "serving.int8", "Invalid enum value 'always'"),
     "list for a section": (changed(image=[16, 16]), "image", "Expected `object`"),
     "empty file": ("", "", "Expected `object`"),
     "number as key": (GOOD + "\n1: x\n", "", "Expected `str`"),
@@ -119,6 +120,7 @@ def test_a_mistake_names_file_key_and_remedy(text: str, key: str, remedy: str) -
 def test_defaults_fill_what_may_be_left_out() -> None:
     config = model_config.parse(changed(splits=None, training=None, serving=None), where="f")
     assert (config.splits.test, config.splits.validation, config.serving.memory_mb) == (0.2, 0.1, 1769)
+    assert config.serving.int8 == "auto"
     assert config.images_prefix == "images/digits/"
 
 

@@ -200,6 +200,10 @@ class Serving(Section, frozen=True, kw_only=True):
     memory_mb: Annotated[
         int, Meta(ge=512, le=10240, description="memory, and with it CPU (1769 is one vCPU); the largest of all models counts")
     ] = 1769
+    int8: Annotated[
+        Literal["auto", "never"],
+        Meta(description="auto: a version serves as int8 where that is faster and not worse, as the training measures; or never"),
+    ] = "auto"
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):

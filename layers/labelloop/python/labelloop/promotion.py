@@ -76,6 +76,12 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
     return "undecided", f"not enough evidence: {versus}; {_remedy(comparison)}"
 
 
+def not_worse(comparison: Comparison, rules: GateRules) -> bool:
+    """Whether the challenger is evidently not worse by more than the margin, not evidently worse, and no class falls too far."""
+    difference = comparison.difference
+    return difference.low > -rules.margin and difference.high >= 0 and _fallen(comparison, rules) is None
+
+
 def _versus(evaluation: Evaluation, comparison: Comparison, champion_version: int) -> str:
     shared = len(comparison.classes)
     classes = "" if shared == len(evaluation.classes) else f" of the {shared} classes that both know"

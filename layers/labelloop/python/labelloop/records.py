@@ -192,6 +192,21 @@ class Suspect(Record, frozen=True, kw_only=True):
     suggested: list[Region]
 
 
+class Int8(Record, frozen=True, kw_only=True):
+    """Whether a version's file is its int8 form, and why, as measured on the training machine.
+
+    `ms_float`, `ms_int8`: milliseconds of a run on one image with one thread; `difference`: of the metric, int8 minus float,
+    on the validation split. None where it was not measured.
+    """
+
+    chosen: bool
+    reason: str
+    ms_float: float | None = None
+    ms_int8: float | None = None
+    difference: Interval | None = None
+    cpu: str = ""
+
+
 class HoldoutImage(Record, frozen=True, kw_only=True):
     """One holdout image: what the annotator and each model say of it. A detector's unsure boxes are there too."""
 
@@ -217,7 +232,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     champion: Scores | None
     holdout: list[HoldoutImage]
     onnx_sha256: str
-    parity: float  # largest difference of ONNX and torch outputs, relative to each output's scale
+    parity: float  # largest difference of ONNX (float) and torch outputs, relative to each output's scale
     gate: GateRules
     comparison: Comparison | None  # None without a champion, or where the two share no class or no image
     calibration_error: float | None  # expected, over the holdout; None where it cannot be measured
@@ -225,6 +240,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     accept_from: float | None
     suspects: list[Suspect]  # the worst first
     champion_annotations: int | None = None  # that the champion was trained on
+    int8: Int8 | None = None  # None in reports of before it was tried
     verdict: Verdict = "undecided"  # of the gate, if nothing else takes over meanwhile
     reason: str = ""
 
