@@ -180,7 +180,7 @@ def imports(runs: int) -> dict[str, dict[str, tuple[float, float]]]:
         for kind, (package, code) in kinds.items():
             tries = [package.imports(code) for _ in range(runs)]
             least = {name: tuple(min(part) for part in zip(*(t[name] for t in tries), strict=True)) for name in tries[0]}
-            tables[kind] = dict(sorted(least.items(), key=lambda item: -item[1][0])[:_SHOWN])  # type: ignore[arg-type]
+            tables[kind] = dict(sorted(least.items(), key=lambda item: -item[1][0])[:_SHOWN])
     return tables
 
 

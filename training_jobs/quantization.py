@@ -220,7 +220,7 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
     """Feeds of one image each."""
 
     def __init__(self, pixels: Pixels) -> None:
-        self._feeds: Iterator[dict[str, Any]] = ({"image": image[np.newaxis]} for image in pixels)
+        self._feeds: Iterator[dict[str, Any]] = ({"image": pixels[[number]]} for number in range(len(pixels)))
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._feeds, None)

@@ -486,7 +486,7 @@ def test_the_command_says_what_to_do_and_fails(project: Project, model_configs: 
 
 
 def command(project: Project, *words: str) -> tuple[list[str], dict[str, str]]:
-    environment = {**os.environ, "LABELLOOP_MODEL_CONFIGS": str(project.folder.folder.parent)}  # type: ignore[union-attr]
+    environment = {**os.environ, "LABELLOOP_MODEL_CONFIGS": str(project.folder.folder.parent)}
     return [sys.executable, "-m", "cli.main", *words, "--home", str(project.loop.stack.home)], environment
 
 
