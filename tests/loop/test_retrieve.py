@@ -55,8 +55,8 @@ def test_all_tasks_at_once_are_predicted_labelled_ones_too(loop: Loop, first_ver
     tasks = [task.id for task in listed]
     assert len(tasks) >= IMAGES > PART
     assert any(task.labelled for task in listed)
-    answered, _ = retrieve(loop, tasks)
-    assert answered > PART, "more than one invocation predicted"
+    presses = (retrieve(loop, tasks)[0] for _ in range(3))  # functions that start may make the first ones late
+    assert any(answered == len(tasks) for answered in presses)
 
 
 @pytest.mark.slow

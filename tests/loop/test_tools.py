@@ -451,7 +451,9 @@ def test_the_check_finds_a_backend_that_fails(project: Project) -> None:
 def _broken_predict() -> Iterator[None]:
     """The predict function with a handler that does not exist."""
     functions = boto3.client("lambda")
-    name = next(f["FunctionName"] for f in functions.list_functions()["Functions"] if "predict" in f["FunctionName"].lower())
+    name = next(
+        f["FunctionName"] for f in functions.list_functions()["Functions"] if "predictfunction" in f["FunctionName"].lower()
+    )
     handler = functions.get_function_configuration(FunctionName=name)["Handler"]
     try:
         functions.update_function_configuration(FunctionName=name, Handler="gone.handler")
