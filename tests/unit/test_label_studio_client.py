@@ -43,7 +43,7 @@ def view(request: Request) -> Any:
 
 
 def test_a_legacy_token_is_sent_as_it_is(server: RecordingServer, client: LabelStudioClient) -> None:
-    server.answer = lambda _: Answer(body={"id": 1, "num_tasks_with_annotations": 42, "task_number": 60})
+    server.answer = lambda _: Answer(body={"id": 1, "tasks": [], "total": 42, "total_annotations": 43, "task_number": 60})
     assert client.count_annotated(1) == 42
     assert client.counts(1) == {"tasks": 60, "annotated": 42}
     assert {request.headers["authorization"] for request in server.requests} == {"Token 0123456789abcdef"}

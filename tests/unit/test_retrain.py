@@ -61,6 +61,7 @@ class Loop:
     label_studio: FakeLabelStudio = field(default_factory=FakeLabelStudio)
     launcher: FakeLauncher = field(default_factory=FakeLauncher)
     recalled: list[tuple[str, str]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ledger.set_project("digits", 1)
@@ -72,6 +73,7 @@ class Loop:
             cast(Any, self.label_studio),
             cast(Any, self.launcher),
             lambda model, job: self.recalled.append((model, job)),
+            log=lambda message, **_: self.log.append(message),
         )
 
     def annotate(self, upto: int) -> None:
@@ -320,7 +322,7 @@ def test_a_model_that_is_not_set_up_says_so(bucket: Bucket, ledger: Ledger) -> N
         raise AssertionError
 
     reconciler = Reconciler(
-        "local", examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()), cast(Any, FakeLauncher()), refuse
+        "local", examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()), cast(Any, FakeLauncher()), refuse, log=refuse
     )
     with pytest.raises(NotSetUpError):
         reconciler.reconcile("digits")

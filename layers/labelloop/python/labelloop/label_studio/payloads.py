@@ -57,7 +57,7 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
         An empty one says that there is nothing in the image.
         """
         counting = (annotation for annotation in self.annotations if not annotation.was_cancelled)
-        return max(counting, key=lambda annotation: (not annotation.by_model, annotation.updated_at), default=None)
+        return max(counting, key=lambda one: (not one.by_model, one.updated_at, one.id), default=None)
 
     def image(self, data_key: str) -> str:
         """The image's address. Raises `ImageError` when the task has none."""
