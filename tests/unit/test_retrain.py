@@ -79,7 +79,7 @@ class Loop:
     def annotate(self, upto: int) -> None:
         """Have `upto` images annotated in all."""
         known = len(self.label_studio.annotated)
-        self.label_studio.annotated += [examples.annotated_task(number, str(number % 10)) for number in range(known, upto)]
+        self.label_studio.annotated += [examples.annotated_task(number, str(number % 10)) for number in range(known + 1, upto + 1)]
 
     def look(self, *, asked: bool = False) -> Outcome:
         return self.reconciler.reconcile("digits", asked=asked)
@@ -291,7 +291,7 @@ def test_start_training_trains_at_once_when_there_is_anything_new(loop: Loop) ->
 def test_a_corrected_label_is_something_new(loop: Loop) -> None:
     loop.train(100)
     loop.look()
-    loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
+    loop.label_studio.annotated[0] = examples.annotated_task(1, "9", updated_at="2027-01-01T00:00:00Z")
     assert loop.look(asked=True).started
 
 
@@ -299,7 +299,7 @@ def test_a_label_that_was_changed_and_changed_back_is_nothing_new(loop: Loop) ->
     loop.train(100)
     first, was = loop.launcher.job.job_name, loop.label_studio.annotated[0]
     loop.look()
-    loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
+    loop.label_studio.annotated[0] = examples.annotated_task(1, "9", updated_at="2027-01-01T00:00:00Z")
     assert loop.look(asked=True).started
     loop.launcher.end("Completed")
     loop.decide(2)
@@ -333,7 +333,7 @@ def test_an_unknown_model_is_an_error(loop: Loop) -> None:
         loop.reconciler.reconcile("faces")
 
 
-@pytest.mark.parametrize("method", ["count_annotated", "annotated_tasks"])
+@pytest.mark.parametrize("method", ["count_annotated", "tally", "annotated_tasks"])
 def test_a_label_studio_that_fails_leaves_nothing_behind(loop: Loop, method: str) -> None:
     loop.annotate(100)
     loop.label_studio.down = {method}

@@ -35,7 +35,7 @@ from labelloop.records import Snapshot
 FORMAT = 1  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
-_OVERLAP = timedelta(minutes=5)
+_OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
 _CACHE_KB = 32_768
 _TABLES = """
