@@ -79,7 +79,9 @@ class Loop:
     def annotate(self, upto: int) -> None:
         """Have `upto` images annotated in all."""
         known = len(self.label_studio.annotated)
-        self.label_studio.annotated += [examples.annotated_task(number, str(number % 10)) for number in range(known + 1, upto + 1)]
+        self.label_studio.annotated += [
+            examples.annotated_task(number, str(number % 10)) for number in range(known + 1, upto + 1)
+        ]
 
     def look(self, *, asked: bool = False) -> Outcome:
         return self.reconciler.reconcile("digits", asked=asked)

@@ -182,7 +182,7 @@ class LabelStudioClient:
         for start in range(0, len(tasks), _TASKS):
             some = [("ids[]", task) for task in tasks[start : start + _TASKS]]
             path = f"/api/projects/{project}/export?{urlencode([('exportType', 'JSON'), *some])}"
-            found += _annotated_tasks(self._request("GET", path, timeout=_EXPORT_TIMEOUT))
+            found += tasks_exported(self._request("GET", path, timeout=_EXPORT_TIMEOUT))
         return found
 
     def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> dict[str, int]:
@@ -473,7 +473,8 @@ def _prediction_body(project: int, task: int, prediction: Prediction, cluster: i
     }
 
 
-def _annotated_tasks(body: bytes) -> list[AnnotatedTask]:
+def tasks_exported(body: bytes) -> list[AnnotatedTask]:
+    """The tasks of an export as JSON. Raises `LabelStudioError`."""
     try:
         return msgspec.json.decode(body, type=list[AnnotatedTask])
     except ValueError as error:  # no JSON, not UTF-8, or not of the type
