@@ -79,7 +79,7 @@ def choice(number: int) -> list[dict[str, Any]]:
 def boxes(number: int, sha256: str) -> list[dict[str, Any]]:
     return [
         {
-            "id": sha256[place * 10 : place * 10 + 10], "from_name": "digit", "to_name": "image", "type": "rectanglelabels",
+            "id": sha256[place * 10 : place * 10 + 10], "from_name": "box", "to_name": "image", "type": "rectanglelabels",
             "origin": "prediction", "original_width": 1280, "original_height": 960, "image_rotation": 0,
             "value": {"x": 10.25 * place, "y": 12.5, "width": 10.125, "height": 20.75, "rotation": 0,
                       "rectanglelabels": [str((number + place) % 10)]},
@@ -108,10 +108,10 @@ class Answers(LabelStudioClient):
     def __init__(self, file: Path, count: int) -> None:
         self._file, self._tally = file, Tally(count, count, TIME)
 
-    def tally(self, project: int) -> Tally:
+    def tally(self, project: int) -> Tally:  # noqa: ARG002
         return self._tally
 
-    def annotated_tasks(self, project: int, **_: Any) -> Iterator[list[AnnotatedTask]]:
+    def annotated_tasks(self, project: int, **_: Any) -> Iterator[list[AnnotatedTask]]:  # noqa: ARG002
         with self._file.open("rb") as answers:
             page: list[AnnotatedTask] = []
             while size := answers.read(4):
@@ -229,12 +229,10 @@ def main() -> None:
         print(json.dumps(measured(options.measure, options.folder, options.problem, options.tasks[0], options.new)))
         return
     rows = compare(options.problem, options.tasks, options.new, options.runs)
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {options.problem}, median of {options.runs}; CPU s / wall s / MB\n"
-    )
-    print(
-        f"| tasks | export MB | index MB | {' | '.join(KINDS)} | json.load ÷ full | new ÷ alone |\n|{'---|' * (len(KINDS) + 5)}"
-    )
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {options.problem}; median of {options.runs}")
+    print("CPU s / wall s / peak MB")
+    heads = ["tasks", "export MB", "index MB", *KINDS, "json.load ÷ full", "new ÷ alone"]
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         cells = " | ".join(f"{row[kind]['cpu_s']:.2f} / {row[kind]['wall_s']:.2f} / {row[kind]['mb']:.0f}" for kind in KINDS)
         ratios = f"{row['json.load']['cpu_s'] / row['full']['cpu_s']:.1f} | {row['new']['cpu_s'] / row['alone']['cpu_s']:.1f}"

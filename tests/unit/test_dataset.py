@@ -233,7 +233,7 @@ def test_an_image_between_the_holdout_and_another_split_is_left_out(group: Split
 )
 def test_a_row_says_which_versions_prediction_the_annotator_saw(prediction: object, seen: int | None) -> None:
     task = annotated_task(1)
-    annotation = msgspec.structs.replace(task.annotations[0], prediction=prediction)
+    annotation = msgspec.structs.replace(task.annotations[0], prediction=msgspec.Raw(msgspec.json.encode(prediction)))
     [row], _ = rows(msgspec.structs.replace(task, annotations=[annotation]))
     assert row.seen == seen
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,6 +32,7 @@ from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter, unpack
 from labelloop.records import Audit, Evaluation, HoldoutImage, Region, ReviewCase, Training
 from labelloop.registry import Registry
+from labelloop.snapshot_index import SnapshotIndex, opened
 from tests import examples
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
@@ -318,6 +321,24 @@ def test_artifacts_in_s3_are_emptied_with_their_old_versions(trained: Stage, mon
     trained.mlflow.address, trained.mlflow.files = f"s3://{trained.artifacts.name}/mlflow/1/{{run}}/artifacts", {}
     trained.erase("secret 1.png")
     assert trained.is_erased
+
+
+def test_the_index_is_emptied_and_a_look_that_had_read_it_cannot_bring_the_image_back(trained: Stage, tmp_path: Path) -> None:
+    def look(folder: Path) -> AbstractContextManager[SnapshotIndex]:
+        folder.mkdir()
+        return opened(trained.artifacts, DIGITS, PROJECT, folder, log=lambda *_, **__: None)
+
+    with look(tmp_path / "before") as index:
+        index.put(trained.label_studio.annotated)
+    assert not trained.is_erased
+    with look(tmp_path / "meanwhile") as index:
+        assert b"secret" in (tmp_path / "meanwhile" / "index.sqlite").read_bytes()
+        trained.erase("secret 1.png")
+    assert trained.is_erased
+    with look(tmp_path / "after") as index:
+        index.put(trained.label_studio.annotated)
+    assert trained.is_erased
+    assert trained.artifacts.get(artifacts.index_key("digits")), "the next one is kept"
 
 
 def test_what_cannot_be_reached_is_named(trained: Stage) -> None:
