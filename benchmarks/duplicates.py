@@ -29,11 +29,12 @@ from botocore.exceptions import ClientError
 from PIL import Image
 
 from cli.examples import digit_detector, digits
-from labelloop import dataset, imaging
+from labelloop import dataset, imaging, snapshot_index
 from labelloop.duplicates import Fingerprint, Groups, Membership, fingerprint
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs, Splits
+from labelloop.records import ManifestRow
 
 SPLITS = Splits(test=0.4, validation=0.1)
 BATCH = 100  # images that ingest takes at once
@@ -166,8 +167,8 @@ def trained_on(members: Mapping[str, Membership]) -> dict[str, str]:
         }
         for number, (image, membership) in enumerate(members.items())
     ]
-    rows, _ = dataset.rows(msgspec.convert(tasks, list[AnnotatedTask]), config, folder.label_config)
-    return {row.sha256: row.split for row in rows}
+    _, manifest = snapshot_index.freeze(msgspec.convert(tasks, list[AnnotatedTask]), config, folder.label_config)
+    return {row.sha256: row.split for row in ManifestRow.read(manifest)}
 
 
 def copies(name: str, kinds: Mapping[str, Copy], count: int) -> dict[str, dict[str, int]]:

@@ -301,11 +301,18 @@ class Eraser:
         self._demand_that_nothing_trains()  # one may have begun while the task was there
         outcome.records += self._deployment.ledger.forget_images(self._model, self._project, hashes)
         outcome.records += forget_looks(self._deployment.ledger, self._model, self._project, hashes)
+        self._empty_index()
         erasure = self._empty_manifests(erasure, hashes, outcome)
         self._empty_reports(erasure, hashes, outcome)
         for digest in erasure.snapshots:
             self._empty_runs(digest, erasure.at, hashes, outcome)
         self._deployment.ledger.record_erasure(msgspec.structs.replace(erasure, finished_at=now()))
+
+    def _empty_index(self) -> None:
+        """Of the index of annotated tasks nothing is left. Empty and not deleted: what read it before cannot write it back."""
+        key = artifacts.index_key(self._model)
+        self._deployment.artifacts.put(key, b"")
+        self._delete_replaced(self._deployment.artifacts.name, key)
 
     def _empty_manifests(self, erasure: Erasure, hashes: set[str], outcome: Erased) -> Erasure:
         """Empty the images' rows in all manifests; the record with what the manifests are then, which it says before they are.
@@ -472,7 +479,7 @@ def _always(content: bytes | None) -> Callable[[bytes], bytes | None]:
 
 def _rows(manifest: bytes, where: str) -> list[ManifestRow]:
     try:
-        return [msgspec.json.decode(line, type=ManifestRow) for line in manifest.splitlines()]
+        return ManifestRow.read(manifest)
     except msgspec.MsgspecError as error:
         raise StorageError(f"the manifest {where} cannot be read: {error}") from error
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.deployment import Deployment
-from labelloop import dataset
+from labelloop import dataset, snapshot_index
 from labelloop.artifacts import parse_s3_uri
 from labelloop.errors import LabelStudioError, RequestError, StorageError
 from labelloop.label_studio.client import KnownTask
@@ -259,12 +260,11 @@ class Lineage:
         before = {row.annotation: row for row in rows if row.erased_at is None}
         stored = hashlib.sha256(self._manifest(snapshot)).hexdigest()
         project = self._deployment.ledger.project(self._model)
-        tasks = [_restricted(task, before) for task in self._deployment.label_studio.annotated_tasks(project)]
-        tasks = [task for task in tasks if task.annotations]
-        again, skipped = dataset.rows(tasks, self._folder.config, self._folder.label_config)
-        rebuilt, _ = dataset.snapshot(self._model, again, skipped, uri_of=snapshot.manifest)
+        annotated = chain.from_iterable(self._deployment.label_studio.annotated_tasks(project))
+        tasks = [task for task in (_restricted(one, before) for one in annotated) if task.annotations]
+        rebuilt, again = snapshot_index.freeze(tasks, self._folder.config, self._folder.label_config)
         there = {annotation.unique_id: task for task in tasks for annotation in task.annotations}
-        after = {row.annotation: row for row in again}
+        after = {row.annotation: row for row in ManifestRow.read(again)}
         return Rebuilt(
             version=version,
             digest=snapshot.digest,
@@ -298,8 +298,8 @@ class Lineage:
             return "changed: " + ", ".join(f"{name} {_shown(row, name)} → {_shown(now, name)}" for name in fields)
         if task is None:
             return "gone from Label Studio"
-        _, skipped = dataset.rows([task], self._folder.config, self._folder.label_config)
-        return "left out now: " + "; ".join(skipped or ["another task shows the same image"])
+        alone, _ = snapshot_index.freeze([task], self._folder.config, self._folder.label_config)
+        return "left out now: " + "; ".join(alone.skipped or ["another task shows the same image"])
 
     def _of_image(self, sha256: str, task: KnownTask | None) -> ImageLineage:
         task = task or next((known for known in self._tasks if known.sha256 == sha256), None)
@@ -412,7 +412,7 @@ class Lineage:
     def _rows(self, snapshot: Snapshot) -> list[ManifestRow]:
         if snapshot.digest not in self._manifests:
             try:
-                rows = [msgspec.json.decode(line, type=ManifestRow) for line in self._manifest(snapshot).splitlines()]
+                rows = ManifestRow.read(self._manifest(snapshot))
             except msgspec.MsgspecError as error:
                 raise StorageError(f"the manifest {snapshot.manifest} cannot be read: {error}") from error
             self._manifests[snapshot.digest] = rows

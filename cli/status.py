@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 
 import msgspec
 from rich.console import Console
@@ -198,7 +199,7 @@ class _Work:
 def _work(deployment: Deployment, folder: ModelFolder, champion: Champion | None) -> _Work:
     project = deployment.ledger.project(folder.config.name)
     counts = deployment.label_studio.counts(project)
-    tasks = deployment.label_studio.annotated_tasks(project) if champion else []
+    tasks = list(chain.from_iterable(deployment.label_studio.annotated_tasks(project))) if champion else []
     return _Work(
         tasks=counts["tasks"],
         annotated=counts["annotated"],

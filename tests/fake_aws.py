@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -107,6 +108,19 @@ class FakeBucket:
         if (None if there is None else _e_tag(there)) != tag:
             raise ConflictError(f"s3://{self.name}/{key} was changed by somebody else")
         self.put(key, data)
+
+    def download(self, key: str, file: Path) -> str | None:
+        found = self.get_tagged(key)
+        if found is None:
+            return None
+        file.write_bytes(found[0])
+        return found[1]
+
+    def upload(self, key: str, file: Path) -> None:
+        self.put(key, file.read_bytes())
+
+    def upload_if(self, key: str, file: Path, *, tag: str | None) -> None:
+        self.put_if(key, file.read_bytes(), tag=tag)
 
     def keys(self, prefix: str) -> list[str]:
         return sorted(key for key in self.objects if key.startswith(prefix))

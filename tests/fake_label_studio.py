@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import batched
 from typing import Any
 
 from labelloop.errors import LabelStudioError
-from labelloop.label_studio.client import Webhook
+from labelloop.label_studio.client import Tally, Webhook
 from labelloop.label_studio.payloads import AnnotatedTask
 
 
@@ -23,6 +25,9 @@ class FakeLabelStudio:
     dies_after: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     titles_lost: int = 0  # renames that another save undoes
+    page: int = 3  # tasks
+    _seen: dict[int, tuple[AnnotatedTask, datetime]] = field(default_factory=dict)
+    _hours: int = 0
 
     def _begin(self, method: str) -> None:
         self.asked.append(method)
@@ -35,11 +40,31 @@ class FakeLabelStudio:
 
     def count_annotated(self, project: int) -> int:
         self._begin("count_annotated")
-        return sum(task.latest is not None for task in self.annotated)
+        return self._tally.tasks
 
-    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
+    def tally(self, project: int) -> Tally:
+        self._begin("tally")
+        return self._tally
+
+    def annotated_tasks(self, project: int, *, since: datetime | None = None, after: int = 0) -> Iterator[list[AnnotatedTask]]:
         self._begin("annotated_tasks")
-        return list(self.annotated)
+        there = sorted((task for task in self.annotated if task.latest is not None), key=lambda task: task.id)
+        changed = [task for task in there if task.id > after and (since is None or self._changed_at(task) > since)]
+        yield from (list(page) for page in batched(changed, self.page, strict=False))
+
+    @property
+    def _tally(self) -> Tally:
+        there = [task for task in self.annotated if task.latest is not None]
+        annotations = sum(not one.was_cancelled for task in there for one in task.annotations)
+        newest = max((self._changed_at(task).isoformat() for task in there), default=None)
+        return Tally(len(there), annotations, newest)
+
+    def _changed_at(self, task: AnnotatedTask) -> datetime:
+        """When a task was first seen as it is: an hour after whatever was seen before."""
+        if task.id not in self._seen or self._seen[task.id][0] != task:
+            self._hours += 1
+            self._seen[task.id] = task, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=self._hours)
+        return self._seen[task.id][1]
 
     def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> dict[str, int]:
         self._begin("find_images")

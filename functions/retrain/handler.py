@@ -49,6 +49,7 @@ def reconciler() -> Reconciler:
         connect(settings),
         Launcher(settings),
         recall_promotion,
+        log=logger.info,
     )
 
 

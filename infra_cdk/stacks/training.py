@@ -49,7 +49,7 @@ class TrainingStack(cdk.Stack):
             batching_window=cdk.Duration.seconds(5),
             max_concurrency=4,
         )
-        retrain = QueueWorker(self, "Retrain", timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        retrain = QueueWorker(self, "Retrain", timeout=cdk.Duration.seconds(300), max_concurrency=2)
         promote = QueueWorker(self, "Promote", timeout=cdk.Duration.seconds(120), max_concurrency=2)
         refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(120), max_concurrency=2)
         prelabel = QueueWorker(self, "Prelabel", timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
@@ -106,8 +106,8 @@ class TrainingStack(cdk.Stack):
                 **self._stage.sagemaker_environment,
             },
         )
-        allow_reading_objects(role, self._state.artifacts, "champions/")
-        allow_writing_objects(role, self._state.artifacts, "snapshots/")
+        allow_reading_objects(role, self._state.artifacts, "champions/", "indexes/")
+        allow_writing_objects(role, self._state.artifacts, "snapshots/", "indexes/")
         allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")
         allow_reading_label_studio_secret(role, stage=self._stage)
         self._jobs.allow_running(role)

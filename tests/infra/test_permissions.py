@@ -51,8 +51,10 @@ FUNCTIONS = {
     },
     "retrain": {
         "s3:GetObject Artifacts champions/*",
+        "s3:GetObject Artifacts indexes/*",
         "s3:ListBucket Artifacts",
         "s3:PutObject Artifacts snapshots/*",
+        "s3:PutObject Artifacts indexes/*",
         "secretsmanager:GetSecretValue label-studio-??????",
         "dynamodb GetItem PutItem Query",
         "sagemaker:CreateTrainingJob",

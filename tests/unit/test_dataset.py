@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labelloop import dataset
+from labelloop import dataset, snapshot_index
 from labelloop.dataset import split_of
 from labelloop.label_studio.payloads import AnnotatedTask, model_annotation_id
 from labelloop.model_config import Splits
@@ -23,11 +23,12 @@ URI = "s3://artifacts/snapshots/digits/{digest}/manifest.jsonl"
 
 
 def rows(*tasks: AnnotatedTask) -> tuple[list[ManifestRow], dict[str, int]]:
-    return dataset.rows(tasks, DIGITS, LABELS)
+    snapshot, manifest = frozen(*tasks)
+    return ManifestRow.read(manifest), snapshot.skipped
 
 
 def frozen(*tasks: AnnotatedTask) -> tuple[Snapshot, bytes]:
-    return dataset.snapshot("digits", *rows(*tasks), uri_of=URI)
+    return snapshot_index.freeze(tasks, DIGITS, LABELS, URI)
 
 
 # These must never change: an image that moves from the holdout into the training data spoils every later comparison.
@@ -232,7 +233,7 @@ def test_an_image_between_the_holdout_and_another_split_is_left_out(group: Split
 )
 def test_a_row_says_which_versions_prediction_the_annotator_saw(prediction: object, seen: int | None) -> None:
     task = annotated_task(1)
-    annotation = msgspec.structs.replace(task.annotations[0], prediction=prediction)
+    annotation = msgspec.structs.replace(task.annotations[0], prediction=msgspec.Raw(msgspec.json.encode(prediction)))
     [row], _ = rows(msgspec.structs.replace(task, annotations=[annotation]))
     assert row.seen == seen
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,7 +22,7 @@ from cli.deployment import Deployment
 from cli.erasure import Erased, Eraser
 from cli.lineage import Lineage
 from cli.main import app
-from labelloop import artifacts, dataset, imaging
+from labelloop import artifacts, imaging, snapshot_index
 from labelloop.artifacts import Bucket, Champions, s3_uri
 from labelloop.duplicates import Groups, fingerprint
 from labelloop.errors import ConflictError, LabelStudioError, RequestError
@@ -30,6 +32,7 @@ from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter, unpack
 from labelloop.records import Audit, Evaluation, HoldoutImage, Region, ReviewCase, Training
 from labelloop.registry import Registry
+from labelloop.snapshot_index import SnapshotIndex, opened
 from tests import examples
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
@@ -57,8 +60,8 @@ class LabelStudio:
         self.tasks_.pop(task)
         self.annotated = [one for one in self.annotated if one.id != task]
 
-    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
-        return list(self.annotated)
+    def annotated_tasks(self, project: int) -> Iterator[list[AnnotatedTask]]:
+        yield list(self.annotated)
 
 
 @dataclass
@@ -115,18 +118,17 @@ class Stage:
 
     def train(self, version: int, tasks: list[AnnotatedTask]) -> str:
         """Let a version be trained on tasks and promoted; the snapshot's digest."""
-        rows, skipped = dataset.rows(tasks, DIGITS.config, DIGITS.label_config)
         uri = f"s3://{self.artifacts.name}/{artifacts.manifest_key('digits', '{digest}')}"
-        snapshot, manifest = dataset.snapshot("digits", rows, skipped, uri_of=uri)
+        snapshot, manifest = snapshot_index.freeze(tasks, DIGITS.config, DIGITS.label_config, uri)
         self.artifacts.put(artifacts.manifest_key("digits", snapshot.digest), manifest)
         name = f"job-{version}"
-        job = msgspec.structs.replace(examples.job(name, len(rows), snapshot.digest), snapshot=snapshot)
+        job = msgspec.structs.replace(examples.job(name, snapshot.n_annotations, snapshot.digest), snapshot=snapshot)
         head = self.ledger.claim(self.ledger.head("digits"), job)
         self.ledger.finish(head, head, Training(job=job, status="completed", ended_at=NOON))
         report = examples.evaluation(version, 0.8 + version / 100, job_name=name, run_id=f"run{version}")
         seen = HoldoutImage(sha256=HASH, truth=[Region(label="1")], challenger=[Region(label="2", score=0.5)])
         suspect = msgspec.structs.replace(examples.suspect("1", "8"), sha256=HASH, task=424_242)
-        holds = any(row.sha256 == HASH for row in rows)
+        holds = HASH.encode() in manifest
         if holds:
             report = msgspec.structs.replace(report, holdout=[*report.holdout, seen], suspects=[suspect])
         self.artifacts.put(artifacts.training_archive_key("digits", name), examples.model_archive(report))
@@ -319,6 +321,24 @@ def test_artifacts_in_s3_are_emptied_with_their_old_versions(trained: Stage, mon
     trained.mlflow.address, trained.mlflow.files = f"s3://{trained.artifacts.name}/mlflow/1/{{run}}/artifacts", {}
     trained.erase("secret 1.png")
     assert trained.is_erased
+
+
+def test_the_index_is_emptied_and_a_look_that_had_read_it_cannot_bring_the_image_back(trained: Stage, tmp_path: Path) -> None:
+    def look(folder: Path) -> AbstractContextManager[SnapshotIndex]:
+        folder.mkdir()
+        return opened(trained.artifacts, DIGITS, PROJECT, folder, log=lambda *_, **__: None)
+
+    with look(tmp_path / "before") as index:
+        index.put(trained.label_studio.annotated)
+    assert not trained.is_erased
+    with look(tmp_path / "meanwhile") as index:
+        assert b"secret" in (tmp_path / "meanwhile" / "index.sqlite").read_bytes()
+        trained.erase("secret 1.png")
+    assert trained.is_erased
+    with look(tmp_path / "after") as index:
+        index.put(trained.label_studio.annotated)
+    assert trained.is_erased
+    assert trained.artifacts.get(artifacts.index_key("digits")), "the next one is kept"
 
 
 def test_what_cannot_be_reached_is_named(trained: Stage) -> None:

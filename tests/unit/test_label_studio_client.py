@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -12,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from labelloop.errors import LabelStudioError, TooLargeError
-from labelloop.label_studio.client import KnownTask, LabelStudioClient, StoredPrediction, Webhook
+from labelloop.label_studio.client import KnownTask, LabelStudioClient, StoredPrediction, Tally, Webhook
 from labelloop.label_studio.payloads import Prediction
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
@@ -43,11 +44,11 @@ def view(request: Request) -> Any:
 
 
 def test_a_legacy_token_is_sent_as_it_is(server: RecordingServer, client: LabelStudioClient) -> None:
-    server.answer = lambda _: Answer(body={"id": 1, "num_tasks_with_annotations": 42, "task_number": 60})
+    server.answer = lambda _: Answer(body={"id": 1, "tasks": [], "total": 42, "total_annotations": 43, "task_number": 60})
     assert client.count_annotated(1) == 42
     assert client.counts(1) == {"tasks": 60, "annotated": 42}
     assert {request.headers["authorization"] for request in server.requests} == {"Token 0123456789abcdef"}
-    assert server.requests[0].path.startswith("/api/projects/1?")
+    assert [request.path.partition("?")[0] for request in server.requests] == ["/api/tasks", "/api/projects/1", "/api/tasks"]
 
 
 def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_old(
@@ -57,7 +58,7 @@ def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_o
         if request.path == "/api/token/refresh/":
             assert request.json == {"refresh": PERSONAL}
             return Answer(body={"access": f"access-{len(refreshes())}"})
-        return Answer(body={"num_tasks_with_annotations": 1})
+        return Answer(body={"tasks": [], "total": 1, "total_annotations": 1})
 
     def refreshes() -> list[Request]:
         return [request for request in server.requests if request.path == "/api/token/refresh/"]
@@ -93,7 +94,8 @@ def test_a_personal_token_that_is_refused_is_an_error(server: RecordingServer, a
 CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "count_annotated": lambda client: client.count_annotated(1),
     "counts": lambda client: client.counts(1),
-    "annotated_tasks": lambda client: client.annotated_tasks(1),
+    "tally": lambda client: client.tally(1),
+    "annotated_tasks": lambda client: list(client.annotated_tasks(1)),
     "annotations_of": lambda client: client.annotations_of(1, [1]),
     "annotate_once": lambda client: client.annotate_once(1, [], "unique"),
     "predicted_by": lambda client: client.predicted_by(1, "digits review"),
@@ -160,7 +162,9 @@ def test_a_server_that_is_not_there_is_an_error(token: str) -> None:
 
 
 def test_a_reading_request_is_repeated_when_the_server_is_overloaded(server: RecordingServer, client: LabelStudioClient) -> None:
-    server.answer = lambda _: Answer(503) if len(server.requests) < 2 else Answer(body={"num_tasks_with_annotations": 5})
+    server.answer = lambda _: (
+        Answer(503) if len(server.requests) < 2 else Answer(body={"tasks": [], "total": 5, "total_annotations": 5})
+    )
     assert client.count_annotated(1) == 5
 
 
@@ -172,22 +176,46 @@ def test_an_import_is_never_repeated_by_itself(server: RecordingServer, client: 
     assert len(server.requests) == 1
 
 
-def test_annotated_tasks_come_from_one_export(server: RecordingServer, client: LabelStudioClient) -> None:
-    exported = [
-        {
-            "id": 7,
-            "data": {"image": "s3://b/k"},
-            "meta": {"sha256": "a" * 64},
-            "annotations": [
-                {"id": 1, "unique_id": "u", "result": [], "was_cancelled": False, "updated_at": "2026-01-01T00:00:00Z", "new": 1}
-            ],
-            "predictions": [],
-        }
-    ]
-    server.answer = lambda _: Answer(body=exported)
-    [task] = client.annotated_tasks(3)
-    assert (task.id, task.content_hash, task.annotations[0].unique_id) == (7, "a" * 64, "u")
-    assert server.paths == ["GET /api/projects/3/export?exportType=JSON"]
+def exported(number: int) -> dict[str, Any]:
+    annotation = {"id": 1, "unique_id": "u", "result": [], "was_cancelled": False, "updated_at": "2026-01-01T00:00:00Z", "new": 1}
+    meta = {"sha256": "a" * 64}
+    return {"id": number, "data": {"image": "s3://b/k"}, "meta": meta, "annotations": [annotation], "predictions": []}
+
+
+def test_annotated_tasks_are_listed_by_id_and_exported_by_the_page(
+    server: RecordingServer, client: LabelStudioClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labelloop.label_studio.client._PAGE", 2)
+
+    def answer(request: Request) -> Answer:
+        asked = parse_qs(urlsplit(request.path).query)
+        if "/export" in request.path:
+            return Answer(body=[exported(int(number)) for number in reversed(asked["ids[]"]) if number != "9"])
+        (after,) = [item["value"] for item in view(request)["filters"]["items"] if item["filter"] == "filter:tasks:id"]
+        listed = [{"id": number} for number in (5, 7, 8, 9) if number > after][: int(asked["page_size"][0])]
+        return Answer(body={"tasks": listed, "total": 4, "total_annotations": 4})
+
+    server.answer = answer
+    since = datetime(2026, 1, 1, 13, 0, 0, 5, tzinfo=timezone(timedelta(hours=1)))
+    pages = list(client.annotated_tasks(3, since=since, after=4))
+    assert [[task.id for task in page] for page in pages] == [[5, 7], [8]], "9 has lost its annotations in between"
+    assert (pages[0][0].content_hash, pages[0][0].annotations[0].unique_id) == ("a" * 64, "u")
+    filters = [item for request in server.requests if "/export" not in request.path for item in view(request)["filters"]["items"]]
+    times = [item["value"] for item in filters if item["filter"] == "filter:tasks:updated_at"]
+    assert times == ["2026-01-01T12:00:00.000005Z"] * 3, "the only form that Label Studio takes"
+    list(client.annotated_tasks(3))
+    assert "updated_at" not in server.requests[-1].path
+
+
+def test_the_tally_counts_ground_truth_too(server: RecordingServer, client: LabelStudioClient) -> None:
+    newest = {"id": 8, "updated_at": "2026-01-01T00:00:00Z"}
+    server.answer = lambda _: Answer(body={"tasks": [newest], "total": 4, "total_annotations": 6, "total_predictions": 9})
+    assert client.tally(3) == Tally(4, 6, "2026-01-01T00:00:00Z")
+    (request,) = server.requests
+    assert (query(request)["page_size"], view(request)["ordering"]) == ("1", ["-tasks:updated_at"])
+    assert [item["filter"] for item in view(request)["filters"]["items"]] == ["filter:tasks:total_annotations"]
+    server.answer = lambda _: Answer(body={"tasks": [], "total": 0, "total_annotations": 0})
+    assert client.tally(3) == Tally(0, 0, None)
 
 
 def test_images_are_looked_up_in_requests_that_a_web_server_takes(server: RecordingServer, client: LabelStudioClient) -> None:
@@ -316,7 +344,7 @@ def test_a_file_is_downloaded_up_to_its_limit(server: RecordingServer, client: L
     assert client.download("/data/upload/1/a.png", limit=100) == b"x" * 100
     with pytest.raises(TooLargeError, match="more than 99 bytes"):
         client.download("/data/upload/1/a.png", limit=99)
-    server.answer = lambda _: Answer(body={"num_tasks_with_annotations": 5})
+    server.answer = lambda _: Answer(body={"tasks": [], "total": 5, "total_annotations": 5})
     assert client.count_annotated(1) == 5, "the connection is still good"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from cli import lineage
 from cli.lineage import Answer, ImageLineage, Lineage
 from cli.main import app
-from labelloop import artifacts, dataset
+from labelloop import artifacts, snapshot_index
 from labelloop.artifacts import Bucket, Champions
 from labelloop.dataset import split_of
 from labelloop.errors import LabelStudioError, RequestError, StorageError
@@ -39,8 +40,8 @@ class LabelStudio:
     annotated: list[AnnotatedTask] = field(default_factory=list)
     predictions: dict[int, StoredPrediction] = field(default_factory=dict)
 
-    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
-        return list(self.annotated)
+    def annotated_tasks(self, project: int) -> Iterator[list[AnnotatedTask]]:
+        yield list(self.annotated)
 
     def tasks(self, project: int, data_key: str) -> list[KnownTask]:
         return [_known(task) for task in self.annotated]
@@ -90,11 +91,10 @@ class Traced:
 
     def train(self, version: int, tasks: list[AnnotatedTask]) -> Job:
         self.label_studio.annotated = tasks
-        rows, skipped = dataset.rows(tasks, DIGITS.config, DIGITS.label_config)
         uri = f"s3://{self.artifacts.name}/{artifacts.manifest_key('digits', '{digest}')}"
-        snapshot, manifest = dataset.snapshot("digits", rows, skipped, uri_of=uri)
+        snapshot, manifest = snapshot_index.freeze(tasks, DIGITS.config, DIGITS.label_config, uri)
         self.artifacts.put(artifacts.manifest_key("digits", snapshot.digest), manifest)
-        job = msgspec.structs.replace(examples.job(f"job-{version}", len(rows), snapshot.digest), snapshot=snapshot)
+        job = msgspec.structs.replace(examples.job(f"job-{version}", snapshot.n_annotations, snapshot.digest), snapshot=snapshot)
         head = self.ledger.claim(self.ledger.head("digits"), job)
         self.ledger.finish(head, head, Training(job=job, status="completed", ended_at=NOON))
         self.ledger.record_promotion(promotion(version))

@@ -61,6 +61,7 @@ class Loop:
     label_studio: FakeLabelStudio = field(default_factory=FakeLabelStudio)
     launcher: FakeLauncher = field(default_factory=FakeLauncher)
     recalled: list[tuple[str, str]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ledger.set_project("digits", 1)
@@ -72,12 +73,15 @@ class Loop:
             cast(Any, self.label_studio),
             cast(Any, self.launcher),
             lambda model, job: self.recalled.append((model, job)),
+            log=lambda message, **_: self.log.append(message),
         )
 
     def annotate(self, upto: int) -> None:
         """Have `upto` images annotated in all."""
         known = len(self.label_studio.annotated)
-        self.label_studio.annotated += [examples.annotated_task(number, str(number % 10)) for number in range(known, upto)]
+        self.label_studio.annotated += [
+            examples.annotated_task(number, str(number % 10)) for number in range(known + 1, upto + 1)
+        ]
 
     def look(self, *, asked: bool = False) -> Outcome:
         return self.reconciler.reconcile("digits", asked=asked)
@@ -289,7 +293,7 @@ def test_start_training_trains_at_once_when_there_is_anything_new(loop: Loop) ->
 def test_a_corrected_label_is_something_new(loop: Loop) -> None:
     loop.train(100)
     loop.look()
-    loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
+    loop.label_studio.annotated[0] = examples.annotated_task(1, "9", updated_at="2027-01-01T00:00:00Z")
     assert loop.look(asked=True).started
 
 
@@ -297,7 +301,7 @@ def test_a_label_that_was_changed_and_changed_back_is_nothing_new(loop: Loop) ->
     loop.train(100)
     first, was = loop.launcher.job.job_name, loop.label_studio.annotated[0]
     loop.look()
-    loop.label_studio.annotated[0] = examples.annotated_task(0, "9", updated_at="2027-01-01T00:00:00Z")
+    loop.label_studio.annotated[0] = examples.annotated_task(1, "9", updated_at="2027-01-01T00:00:00Z")
     assert loop.look(asked=True).started
     loop.launcher.end("Completed")
     loop.decide(2)
@@ -320,7 +324,7 @@ def test_a_model_that_is_not_set_up_says_so(bucket: Bucket, ledger: Ledger) -> N
         raise AssertionError
 
     reconciler = Reconciler(
-        "local", examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()), cast(Any, FakeLauncher()), refuse
+        "local", examples.CONFIGS, bucket, ledger, cast(Any, FakeLabelStudio()), cast(Any, FakeLauncher()), refuse, log=refuse
     )
     with pytest.raises(NotSetUpError):
         reconciler.reconcile("digits")
@@ -331,7 +335,7 @@ def test_an_unknown_model_is_an_error(loop: Loop) -> None:
         loop.reconciler.reconcile("faces")
 
 
-@pytest.mark.parametrize("method", ["count_annotated", "annotated_tasks"])
+@pytest.mark.parametrize("method", ["count_annotated", "tally", "annotated_tasks"])
 def test_a_label_studio_that_fails_leaves_nothing_behind(loop: Loop, method: str) -> None:
     loop.annotate(100)
     loop.label_studio.down = {method}

@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cli import takeover
 from cli.deployment import Deployment
-from labelloop import artifacts, dataset, launcher, promotion, retrain
+from labelloop import artifacts, launcher, promotion, retrain, snapshot_index
 from labelloop.artifacts import Champions
 from labelloop.errors import LabelloopError, LabelStudioError, RegistryError, ServiceError, StorageError
 from labelloop.launcher import Launcher, job_name, training_request
@@ -275,6 +275,7 @@ class RetrainingMachine(RuleBasedStateMachine):
             wired(self.label_studio, LabelStudioError("Label Studio does not answer")),
             Launcher(SETTINGS, wired(self.sagemaker, TIMED_OUT)),
             wired(self.outbox, ServiceError("SQS does not answer")).recall,
+            log=lambda *_, **__: None,
         )
         self.promoter = Promoter(
             bucket, ledger, registry, wired(self.outbox, ServiceError("EventBridge does not answer")).announce
@@ -564,8 +565,7 @@ class RetrainingMachine(RuleBasedStateMachine):
     def _demand_that_all_is_done(self) -> None:
         head, trainings = self.ledger.head(MODEL), self.ledger.trainings(MODEL)
         demand(head.running is None and not head.asked, f"{head} waits for ever")
-        rows, skipped = dataset.rows(self.label_studio.annotated, CONFIG, examples.LABELS)
-        snapshot, _ = dataset.snapshot(MODEL, rows, skipped, uri_of="")
+        snapshot, rows = snapshot_index.freeze(self.label_studio.annotated, CONFIG, examples.LABELS)
         same = [training for training in trainings if training.job.digest == snapshot.digest]
         decision = decide(CONFIG.retrain, head, snapshot.n_annotations, Clock.now())
         trained = any(training.status == "completed" for training in same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,9 +39,9 @@ class LabelStudio:
         self._ask("counts")
         return {"tasks": 1800, "annotated": len(self.annotated)}
 
-    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
-        self._ask("export")
-        return self.annotated
+    def annotated_tasks(self, project: int) -> Iterator[list[AnnotatedTask]]:
+        self._ask("annotated tasks")
+        yield self.annotated
 
     def _ask(self, what: str) -> None:
         self.asked.append(what)
@@ -168,7 +169,7 @@ def test_acceptance_by_version_from_one_export(busy: Stage) -> None:
     busy.label_studio.annotated = [*kept, examples.annotated_task(4)]
     status = busy.status()
     assert [v.acceptance and (v.acceptance.kept, v.acceptance.shown) for v in status.versions] == [(1, 2), (1, 1), None]
-    assert busy.label_studio.asked.count("export") == 1
+    assert busy.label_studio.asked.count("annotated tasks") == 1
     assert "50%" in next(line for line in said(status) if line.startswith("      1 "))
 
 

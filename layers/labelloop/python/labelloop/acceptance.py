@@ -35,7 +35,7 @@ def acceptance(tasks: Iterable[AnnotatedTask], config: ModelConfig, label_config
         version = annotation.seen(config.name)
         if not version:
             continue
-        drawn = Annotation(id=annotation.id, result=annotation.prediction.get("result"))
+        drawn = Annotation(id=annotation.id, result=annotation.shown)
         try:
             kept = problem_type.agrees(
                 problem_type.annotated(drawn, label_config), problem_type.annotated(annotation, label_config)

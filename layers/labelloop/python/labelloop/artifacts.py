@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -20,9 +21,13 @@ from labelloop.records import Champion, Evaluation
 from labelloop.settings import Settings
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import RetryConfig
 
 _MAX_OBJECT_BYTES = 2 * 2**30
+_PIECE = 16 * 2**20  # bytes that a download holds at once
+_PART = 5 * 2**20  # bytes; S3's least for a part of an upload
+_CHANGED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
 _RETRIES: RetryConfig = {  # each wait is drawn at random; none begins later than `retry_timeout` after the request
     "max_retries": 3,
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
@@ -34,6 +39,10 @@ _OBSTORE_ERRORS = (obstore.exceptions.BaseError, ValueError)  # ValueError: a ke
 
 def manifest_key(model: str, digest: str) -> str:
     return f"snapshots/{model}/{digest}/manifest.jsonl"
+
+
+def index_key(model: str) -> str:
+    return f"indexes/{model}.sqlite"
 
 
 def training_prefix(model: str) -> str:
@@ -147,6 +156,45 @@ class Bucket:
             raise ConflictError(f"s3://{self.name}/{key} was changed by somebody else") from None
         except _OBSTORE_ERRORS as error:
             raise StorageError(f"cannot write s3://{self.name}/{key}: {_first_line(error)}") from error
+
+    def download(self, key: str, file: Path) -> str | None:
+        """Write the object's content into a file, piece by piece; its entity tag, or None when there is no such object."""
+        try:
+            meta = obstore.head(self._store, key)
+            with file.open("wb") as content:
+                for start in range(0, meta["size"], _PIECE):
+                    piece = (start, min(start + _PIECE, meta["size"]))
+                    options: GetOptions = {"range": piece, "if_match": meta["e_tag"]}
+                    content.write(obstore.get(self._store, key, options=options).bytes())
+            return meta["e_tag"]
+        except (NotFoundError, FileNotFoundError):
+            return None
+        except _OBSTORE_ERRORS as error:
+            raise StorageError(f"cannot read s3://{self.name}/{key}: {_first_line(error)}") from error
+
+    def upload(self, key: str, file: Path) -> None:
+        """Write a file's content, piece by piece."""
+        try:
+            obstore.put(self._store, key, file, chunk_size=_PART, max_concurrency=4)
+        except _OBSTORE_ERRORS as error:
+            raise StorageError(f"cannot write s3://{self.name}/{key}: {_first_line(error)}") from error
+
+    def upload_if(self, key: str, file: Path, *, tag: str | None) -> None:
+        """`put_if` with a file's content. In one PUT, for S3 knows conditions, which obstore would read whole into memory."""
+        from botocore.exceptions import BotoCoreError, ClientError  # what serves needs none of it
+
+        from labelloop import aws
+
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+        try:
+            with file.open("rb") as content:
+                aws.client("s3", read_timeout=60).put_object(Bucket=self.name, Key=key, Body=content, **condition)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in _CHANGED:
+                raise ConflictError(f"s3://{self.name}/{key} was changed by somebody else") from None
+            raise StorageError(f"cannot write s3://{self.name}/{key}: {error}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"cannot write s3://{self.name}/{key}: {error}") from error
 
     def keys(self, prefix: str) -> list[str]:
         return list(self.entries(prefix))

@@ -1,20 +1,16 @@
-"""Dataset snapshots: what is annotated now, frozen, content-addressed and split for ever."""
+"""What a task is to a dataset snapshot: a row of its manifest in a split that never changes, or left out, and why."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterable
-
-import msgspec
 
 from labelloop import problem_types
 from labelloop.errors import AnnotationError, ImageError
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.model_config import ModelConfig, Splits
-from labelloop.records import ManifestRow, Snapshot, Split
+from labelloop.records import ManifestRow, Split
 
 
 def split_of(group: str, splits: Splits) -> Split:
@@ -39,55 +35,32 @@ def resolution(images: int) -> float:
     return min(1.96 * math.sqrt(0.1 / images), 1.0) if images > 0 else 1.0
 
 
-def rows(
-    tasks: Iterable[AnnotatedTask], config: ModelConfig, label_config: LabelConfig
-) -> tuple[list[ManifestRow], dict[str, int]]:
-    """The manifest's rows, ordered by content hash, and how many annotated tasks were left out for which reason.
+def row_of(task: AnnotatedTask, annotation: Annotation, config: ModelConfig, label_config: LabelConfig) -> ManifestRow | str:
+    """The manifest's row of a task whose `annotation` counts, or the reason why the task is left out.
 
-    One row an image: of several tasks with the same content the one annotated last counts. The holdout stays apart: what
-    resembles images of it and of another split is in neither, and what a model annotated is never in it.
+    The holdout stays apart: what resembles images of it and of another split is in neither, and what a model annotated is never
+    in it.
     """
-    problem_type = problem_types.of(config.problem_type)
-    kept: dict[str, tuple[tuple[bool, str, str], ManifestRow]] = {}
-    skipped: Counter[str] = Counter()
-    for task in tasks:
-        annotation = task.latest
-        if annotation is None:
-            continue
-        try:
-            regions = problem_type.annotated(annotation, label_config)
-            image, sha256, group = task.image(label_config.data_key), task.content_hash, task.content_group
-        except (AnnotationError, ImageError) as error:
-            skipped[str(error)] += 1
-            continue
-        strange = next((region.label for region in regions if region.label not in config.classes), None)
-        if strange is not None:
-            skipped[f"the class {strange!r} is not in config.yaml"] += 1
-            continue
-        split = split_of(group, config.splits)
-        reason = _unfit_for(split, task, annotation, config.splits)
-        if reason is not None:
-            skipped[reason] += 1
-            continue
-        row = ManifestRow(
-            image=image,
-            sha256=sha256,
-            group=group,
-            regions=regions,
-            split=split,
-            annotation=annotation.unique_id,
-            task=task.id,
-            seen=annotation.seen(config.name),
-            by_model=annotation.by_model,
-        )
-        before = kept.get(sha256)
-        if before is not None:
-            skipped["another task shows the same image"] += 1
-        # The id decides between equal times, whatever the order.
-        weight = (not row.by_model, annotation.updated_at, annotation.unique_id)
-        if before is None or before[0] < weight:
-            kept[sha256] = (weight, row)
-    return [kept[sha256][1] for sha256 in sorted(kept)], dict(skipped)
+    try:
+        regions = problem_types.of(config.problem_type).annotated(annotation, label_config)
+        image, sha256, group = task.image(label_config.data_key), task.content_hash, task.content_group
+    except (AnnotationError, ImageError) as error:
+        return str(error)
+    strange = next((region.label for region in regions if region.label not in config.classes), None)
+    if strange is not None:
+        return f"the class {strange!r} is not in config.yaml"
+    split = split_of(group, config.splits)
+    return _unfit_for(split, task, annotation, config.splits) or ManifestRow(
+        image=image,
+        sha256=sha256,
+        group=group,
+        regions=regions,
+        split=split,
+        annotation=annotation.unique_id,
+        task=task.id,
+        seen=annotation.seen(config.name),
+        by_model=annotation.by_model,
+    )
 
 
 def _unfit_for(split: Split, task: AnnotatedTask, annotation: Annotation, splits: Splits) -> str | None:
@@ -98,21 +71,3 @@ def _unfit_for(split: Split, task: AnnotatedTask, annotation: Annotation, splits
     if split == "test" and annotation.by_model:
         return "the image is of the holdout, and no person has annotated it"
     return None
-
-
-def snapshot(model: str, rows: list[ManifestRow], skipped: dict[str, int], *, uri_of: str) -> tuple[Snapshot, bytes]:
-    """Freeze rows into a snapshot and its manifest (JSON lines). `uri_of` is the manifest's address with `{digest}` in it."""
-    manifest = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
-    digest = hashlib.sha256(manifest).hexdigest()
-    counts = Counter(row.split for row in rows)
-    frozen = Snapshot(
-        model=model,
-        digest=digest,
-        manifest=uri_of.format(digest=digest),
-        n_annotations=len(rows),
-        n_train=counts["train"],
-        n_validation=counts["validation"],
-        n_test=counts["test"],
-        skipped=skipped,
-    )
-    return frozen, manifest

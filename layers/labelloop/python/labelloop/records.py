@@ -51,6 +51,11 @@ class ManifestRow(Record, frozen=True, kw_only=True, omit_defaults=True):
     by_model: bool = False  # auto-accepted
     erased_at: str | None = None  # of a row that `labelloop erase` emptied; hash, group and split are what is left of it
 
+    @classmethod
+    def read(cls, manifest: bytes) -> list[ManifestRow]:
+        """The rows of a manifest. Raises `msgspec.MsgspecError`."""
+        return [msgspec.json.decode(line, type=cls) for line in manifest.splitlines()]
+
     def emptied(self, at: str) -> ManifestRow:
         """What an erasure leaves of it: enough to tell which versions learnt from the image, and nothing of the image."""
         return ManifestRow(

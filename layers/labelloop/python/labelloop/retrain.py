@@ -7,24 +7,28 @@ heals with the next look: the snapshot is content-addressed, the ledger's claim 
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import msgspec
 
-from labelloop import artifacts, dataset
+from labelloop import artifacts, snapshot_index
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.launcher import Launcher, job_name
 from labelloop.ledger import Ledger
-from labelloop.model_config import ModelConfigs
+from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.policy import Decision, decide
-from labelloop.records import Failure, Head, Job, Snapshot, Trained, Training, TrainingStatus, now
+from labelloop.records import Failure, Head, Job, Trained, Training, TrainingStatus, now
+from labelloop.snapshot_index import SnapshotIndex
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
+_READING_SECONDS = 180.0  # of Label Studio, in one look; the rest of the function's time is for what comes after
 _TRIES = 5  # of a look that another one got ahead of
 ASKED = "START_TRAINING"  # Label Studio's button
 SCHEDULE = "SCHEDULE"
@@ -50,9 +54,12 @@ class Reconciler:
         label_studio: LabelStudioClient,
         launcher: Launcher,
         recall_promotion: Callable[[str, str], None],
+        *,
+        log: Callable[..., None],
     ) -> None:
         self._stage, self._configs, self._bucket, self._ledger = stage, configs, artifacts_bucket, ledger
         self._label_studio, self._launcher, self._recall_promotion = label_studio, launcher, recall_promotion
+        self._log = log
 
     def reconcile(self, model: str, *, asked: bool = False) -> Outcome:
         """Bring the ledger up to date with SageMaker and start a training if one is due. Raises `LabelloopError`."""
@@ -123,7 +130,19 @@ class Reconciler:
         if not decision.train:
             return Outcome(None, decision.reason)
 
-        snapshot, manifest = self._snapshot(model, project)
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            snapshot_index.opened(self._bucket, folder, project, Path(scratch), log=self._log) as index,
+        ):
+            index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
+            return self._train_what_is_new(head, folder, index, Path(scratch) / "manifest.jsonl", asked=asked)
+
+    def _train_what_is_new(
+        self, head: Head, folder: ModelFolder, index: SnapshotIndex, manifest: Path, *, asked: bool
+    ) -> Outcome:
+        model = folder.config.name
+        with manifest.open("wb") as rows:
+            snapshot = index.freeze(rows, f"s3://{self._bucket.name}/{artifacts.manifest_key(model, '{digest}')}")
         decision = self._decide(model, head, snapshot.n_annotations, asked=asked)
         if not decision.train:  # some annotated tasks cannot be trained on
             return Outcome(None, f"{decision.reason}; left out: {snapshot.skipped}")
@@ -131,7 +150,7 @@ class Reconciler:
         trained = next((one.job.job_name for one in tries if one.status == "completed"), None)
         if trained is not None:  # perhaps not the last: a label may be changed and changed back
             return Outcome(None, f"nothing new: {trained} has trained the same annotations")
-        self._bucket.put(artifacts.manifest_key(model, snapshot.digest), manifest)
+        self._bucket.upload(artifacts.manifest_key(model, snapshot.digest), manifest)
 
         champion = Champions(self._bucket).read(model)
         job = Job(
@@ -149,9 +168,3 @@ class Reconciler:
 
     def _decide(self, model: str, head: Head, n_annotations: int, *, asked: bool) -> Decision:
         return decide(self._configs[model].config.retrain, head, n_annotations, datetime.now(UTC), asked=asked)
-
-    def _snapshot(self, model: str, project: int) -> tuple[Snapshot, bytes]:
-        folder = self._configs[model]
-        rows, skipped = dataset.rows(self._label_studio.annotated_tasks(project), folder.config, folder.label_config)
-        uri = f"s3://{self._bucket.name}/{artifacts.manifest_key(model, '{digest}')}"
-        return dataset.snapshot(model, rows, skipped, uri_of=uri)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlencode
@@ -21,7 +22,7 @@ from labelloop.errors import LabelStudioError, TooLargeError
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
-_EXPORT_TIMEOUT = urllib3.Timeout(connect=3, read=100)  # s; a synchronous export of 5,000 tasks takes 6 s
+_EXPORT_TIMEOUT = urllib3.Timeout(connect=3, read=100)  # s; Label Studio writes a file first
 # A POST is repeated only where the connection was never made: Label Studio's are not idempotent.
 _RETRIES = urllib3.Retry(
     total=3,
@@ -39,6 +40,8 @@ _WITH_PREDICTIONS = {"include": "id,data,meta,predictions", "fields": "all", "re
 _BEGUN = "total_annotations,cancelled_annotations,draft_exists"  # `drafts` are only those of the token's owner
 _LOCKED_SECONDS = (0.5, 1, 2, 4)  # between tries of what a locked database made fail
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
+_PAGE = 1000  # ids of annotated tasks
+_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # the only form of a time that its filters take
 _TASKS = 200  # ids in a URL
 _MOST = 5000  # tasks of a listing that is not paged
 _ADDRESSES = 10  # a filter of that many stays below the 8 KB that web servers take as a URL
@@ -58,6 +61,28 @@ class KnownTask:
     size: tuple[int, int]
     annotations: int
     group: str | None = None
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many tasks are annotated, how many annotations they have without skips, and when one of these tasks last changed."""
+
+    tasks: int
+    annotations: int
+    changed_at: str | None
+
+
+class _Listed(msgspec.Struct):
+    id: int
+    updated_at: str = ""
+
+
+class _Page(msgspec.Struct):
+    """A page of the task listing; the totals are of all pages."""
+
+    tasks: list[_Listed]
+    total: int
+    total_annotations: int
 
 
 @dataclass(frozen=True)
@@ -102,32 +127,65 @@ class LabelStudioClient:
         self._access: tuple[str, float] | None = None
         self._http = urllib3.PoolManager(timeout=_TIMEOUT, retries=_RETRIES, maxsize=8)
 
+    def tally(self, project: int) -> Tally:
+        """What is annotated, as the task listing counts it: a project's own counters leave out ground truth, as imports are."""
+        answer = self._annotated_page(project, [], ordering="-tasks:updated_at", limit=1, fields="id,updated_at")
+        newest = next(iter(answer.tasks), None)
+        return Tally(answer.total, answer.total_annotations, newest.updated_at if newest else None)
+
     def count_annotated(self, project: int) -> int:
         """Tasks with at least one annotation that was not skipped."""
-        answer = self._json("GET", f"/api/projects/{project}?include=id,num_tasks_with_annotations")
-        return int(answer["num_tasks_with_annotations"])
+        return self.tally(project).tasks
 
     def counts(self, project: int) -> dict[str, int]:
         """`tasks` and `annotated` of a project."""
-        answer = self._json("GET", f"/api/projects/{project}?include=id,task_number,num_tasks_with_annotations")
-        return {"tasks": int(answer["task_number"]), "annotated": int(answer["num_tasks_with_annotations"])}
+        answer = self._json("GET", f"/api/projects/{project}?include=id,task_number")
+        return {"tasks": int(answer["task_number"]), "annotated": self.tally(project).tasks}
 
     def model_version(self, project: int) -> str:
         """The version whose predictions the project shows and orders tasks by: the title of its backend."""
         return str(self._json("GET", f"/api/projects/{project}?include=id,model_version")["model_version"])
 
-    def annotated_tasks(self, project: int) -> list[AnnotatedTask]:
-        """Every annotated task with its annotations, in one consistent answer."""
-        body = self._request("GET", f"/api/projects/{project}/export?exportType=JSON", timeout=_EXPORT_TIMEOUT)
-        return _annotated_tasks(body)
+    def annotated_tasks(self, project: int, *, since: datetime | None = None, after: int = 0) -> Iterator[list[AnnotatedTask]]:
+        """The annotated tasks with their annotations, page by page, by id: all, or those changed later than `since`.
+
+        Ids are above `after`. No answer grows with the project. A task that changes meanwhile may come as it was before.
+        """
+        changed = [] if since is None else [("updated_at", "greater", "Datetime", since.astimezone(UTC).strftime(_TIME))]
+        while True:
+            filters = [*changed, ("id", "greater", "Number", after)]
+            listed = self._annotated_page(project, filters, ordering="tasks:id", limit=_PAGE, fields="id").tasks
+            if not listed:
+                return
+            # The listing itself has annotations without their `unique_id` and the prediction that was seen.
+            found = self.annotations_of(project, [task.id for task in listed])
+            if found:
+                yield sorted(found, key=lambda task: task.id)
+            after = listed[-1].id
+
+    def _annotated_page(
+        self, project: int, filters: list[tuple[str, str, str, Any]], *, ordering: str, limit: int, fields: str
+    ) -> _Page:
+        filters = [*filters, ("total_annotations", "greater", "Number", 0)]
+        items = [
+            {"filter": f"filter:tasks:{column}", "operator": operator, "type": kind, "value": value}
+            for column, operator, kind, value in filters
+        ]
+        query = {"filters": {"conjunction": "and", "items": items}, "ordering": [ordering]}
+        parameters = {"project": project, "page_size": limit, "query": json.dumps(query), "include": fields}
+        body = self._request("GET", f"/api/tasks?{urlencode(parameters)}")
+        try:
+            return msgspec.json.decode(body, type=_Page)
+        except ValueError as error:  # no JSON, not UTF-8, or not of the type
+            raise LabelStudioError(f"Label Studio listed what are no annotated tasks: {error}") from error
 
     def annotations_of(self, project: int, tasks: Sequence[int]) -> list[AnnotatedTask]:
-        """Those of the tasks that are annotated, with their annotations, as `annotated_tasks` gives them."""
+        """Those of the tasks that are annotated, with their annotations."""
         found: list[AnnotatedTask] = []
         for start in range(0, len(tasks), _TASKS):
             some = [("ids[]", task) for task in tasks[start : start + _TASKS]]
             path = f"/api/projects/{project}/export?{urlencode([('exportType', 'JSON'), *some])}"
-            found += _annotated_tasks(self._request("GET", path, timeout=_EXPORT_TIMEOUT))
+            found += tasks_exported(self._request("GET", path, timeout=_EXPORT_TIMEOUT))
         return found
 
     def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> dict[str, int]:
@@ -430,7 +488,8 @@ def _prediction_body(project: int, task: int, prediction: Prediction, cluster: i
     }
 
 
-def _annotated_tasks(body: bytes) -> list[AnnotatedTask]:
+def tasks_exported(body: bytes) -> list[AnnotatedTask]:
+    """The tasks of an export as JSON. Raises `LabelStudioError`."""
     try:
         return msgspec.json.decode(body, type=list[AnnotatedTask])
     except ValueError as error:  # no JSON, not UTF-8, or not of the type

@@ -15,6 +15,11 @@ _BY_MODEL = "6c616265-6c6c-8"
 _AT_ONCE = timedelta(seconds=1)  # between the two times that Label Studio notes when it makes an annotation
 
 
+class _Shown(msgspec.Struct, frozen=True):
+    model_version: Any = None
+    result: msgspec.Raw = msgspec.Raw(b"null")
+
+
 class Annotation(msgspec.Struct, frozen=True):
     """An annotation; `result` is its list of regions, an empty one where the annotator found nothing."""
 
@@ -24,12 +29,26 @@ class Annotation(msgspec.Struct, frozen=True):
     was_cancelled: bool = False  # skipped by the annotator
     updated_at: str = ""
     created_at: str = ""
-    prediction: Any = None  # Label Studio's copy of the task's prediction by the version shown at the submit; {} without one
+    # Label Studio's copy of the task's prediction by the version shown at the submit; {} without one. It is the larger half of
+    # many annotations, and read only by who asks for it.
+    prediction: msgspec.Raw = msgspec.Raw(b"{}")
 
     def seen(self, model: str) -> int | None:
         """The version whose prediction the annotator had before them (0: an order without a model); None where there was none."""
-        by = self.prediction.get("model_version") if isinstance(self.prediction, dict) else None
+        by = self._shown.model_version
         return version_number(model, by) if isinstance(by, str) else None
+
+    @property
+    def shown(self) -> list[dict[str, Any]] | None:
+        """The regions of the prediction that the annotator had before them, as a `result`."""
+        return msgspec.json.decode(self._shown.result, type=list[dict[str, Any]] | None)
+
+    @property
+    def _shown(self) -> _Shown:
+        try:
+            return msgspec.json.decode(self.prediction, type=_Shown)
+        except msgspec.MsgspecError:  # null, or whatever else is no prediction
+            return _Shown()
 
     @property
     def by_model(self) -> bool:
@@ -57,7 +76,7 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
         An empty one says that there is nothing in the image.
         """
         counting = (annotation for annotation in self.annotations if not annotation.was_cancelled)
-        return max(counting, key=lambda annotation: (not annotation.by_model, annotation.updated_at), default=None)
+        return max(counting, key=lambda one: (not one.by_model, one.updated_at, one.id), default=None)
 
     def image(self, data_key: str) -> str:
         """The image's address. Raises `ImageError` when the task has none."""

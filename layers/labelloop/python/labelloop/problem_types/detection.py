@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FLOOR = 0.05  # score under which a box is not considered, as in COCO's evaluations
+_NUMBERS = (int, float)  # a union would be made anew at each call
 _UPRIGHT = 0.01  # degrees
 _FAR = 1e9  # percent, or degrees: more is no number that an editor makes
 _SAME = 0.5  # IoU from which two boxes are one thing, as in the metric
@@ -208,15 +209,17 @@ def _rectangle(region: dict[str, Any]) -> Region:
 
 def _box(value: dict[str, Any]) -> Box:
     """A rectangle in percent as shares, cut at the image's border."""
-    x, y, width, height = (_number(value.get(key)) / 100 for key in ("x", "y", "width", "height"))
-    left, top, right, bottom = (min(max(corner, 0.0), 1.0) for corner in (x, y, x + width, y + height))
+    x, y = _number(value.get("x")) / 100, _number(value.get("y")) / 100
+    width, height = _number(value.get("width")) / 100, _number(value.get("height")) / 100
+    left, top = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+    right, bottom = min(max(x + width, 0.0), 1.0), min(max(y + height, 0.0), 1.0)
     if right <= left or bottom <= top:
         raise AnnotationError("a rectangle has no area inside the image")
     return left, top, right, bottom
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _FAR:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not abs(value) < _FAR:
         raise AnnotationError(f"a rectangle holds {type(value).__name__} where a number should be")
     return float(value)
 

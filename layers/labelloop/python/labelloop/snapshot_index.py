@@ -1,0 +1,283 @@
+"""The index of a model's annotated tasks, out of which snapshots are frozen: reading what is new costs what is new.
+
+A SQLite file that lies in the artifacts bucket between snapshots. It holds, for each annotated task, the encoded row of the
+manifest or the reason why there is none, so that a manifest is streamed out of it and memory stays flat: the disk sorts.
+
+It is a cache. Any index is whole in itself and says how far it has read, so an older one only reads more. What is damaged, of
+another format, or made with another configuration is built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from labelloop import artifacts
+from labelloop.artifacts import Bucket
+from labelloop.dataset import row_of
+from labelloop.errors import ConflictError, LabelloopError, ServiceError, StorageError
+from labelloop.label_studio.client import LabelStudioClient, Tally
+from labelloop.label_studio.label_config import LabelConfig
+from labelloop.label_studio.payloads import AnnotatedTask
+from labelloop.model_config import ModelConfig, ModelFolder
+from labelloop.records import Snapshot
+
+FORMAT = 1  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
+
+# Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
+_OVERLAP = timedelta(seconds=30)
+_ROUNDS = 5  # of reading what changes while it is read
+_CACHE_KB = 32_768
+_TABLES = """
+CREATE TABLE tasks (
+  id INTEGER PRIMARY KEY,
+  annotations INTEGER NOT NULL,  -- without skips
+  skipped TEXT,                  -- why there is no row
+  sha256 BLOB,
+  by_model INTEGER,
+  updated_at TEXT,
+  unique_id TEXT,
+  split TEXT,
+  row BLOB
+);
+CREATE TABLE progress (
+  project INTEGER NOT NULL,
+  config TEXT NOT NULL,  -- digest of what rows depend on
+  since TEXT,            -- what changed up to then has been read; NULL before the first reading has ended
+  begun TEXT,            -- what `since` becomes when the reading under way ends
+  after INTEGER NOT NULL DEFAULT 0  -- the task that it has come to
+);
+"""
+
+
+class SnapshotIndex:
+    """The annotated tasks of one project as rows of one model's manifests, in `file`."""
+
+    def __init__(self, config: ModelConfig, label_config: LabelConfig, project: int, file: Path | str) -> None:
+        self._config, self._label_config, self._project = config, label_config, project
+        self._database = sqlite3.connect(file, isolation_level=None)
+        # A file that is half-written after a crash is nobody's: it lies in a folder that goes.
+        self._database.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KB};")
+
+    def close(self) -> None:
+        self._database.close()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the file is an index of this project, in this format and with this configuration."""
+        if self._database.execute("PRAGMA user_version").fetchone() != (FORMAT,):
+            return False
+        return bool(self._database.execute("SELECT project, config FROM progress").fetchone() == (self._project, self._made_with))
+
+    def clear(self) -> None:
+        """Make it an empty index."""
+        self._database.executescript(f"DROP TABLE IF EXISTS tasks; DROP TABLE IF EXISTS progress; {_TABLES}")
+        self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, self._made_with))
+        self._database.execute(f"PRAGMA user_version={FORMAT}")
+
+    @property
+    def _made_with(self) -> str:
+        """Digest of all that rows depend on; of the whole config.yaml, so that nothing can be forgotten."""
+        return hashlib.sha256(msgspec.json.encode((self._config, self._label_config))).hexdigest()
+
+    # Reading
+
+    def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> None:
+        """Read what has changed in Label Studio, or everything where the counts say that the index is not what is there.
+
+        Raises `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
+        """
+        until = time.monotonic() + seconds
+        begins_anew, before = self._since is None, None
+        for number in range(1, 2 * _ROUNDS + 1):
+            there = label_studio.tally(self._project)
+            self._read(label_studio, there, until)
+            if self._holds(there):
+                return
+            if there != before and number % _ROUNDS:  # somebody annotates meanwhile
+                before = there
+                continue
+            if begins_anew:
+                break
+            log("index built anew", model=self._config.name, reason="the counts differ", index=self._counts, there=there)
+            self.clear()
+            begins_anew, before = True, None
+        log("counts differ", model=self._config.name, index=self._counts, there=there)
+
+    def _read(self, label_studio: LabelStudioClient, there: Tally, until: float) -> None:
+        since, begun, after = self._database.execute("SELECT since, begun, after FROM progress").fetchone()
+        if begun is None:
+            begun = there.changed_at or ""
+            self._database.execute("UPDATE progress SET begun = ?", (begun,))
+        changed_after = datetime.fromisoformat(since) - _OVERLAP if since else None
+        for page in label_studio.annotated_tasks(self._project, since=changed_after, after=after):
+            self.put(page)
+            self._database.execute("UPDATE progress SET after = ?", (page[-1].id,))
+            if time.monotonic() > until:
+                read = f"{self._counts[0]:,} of {there.tasks:,} annotated tasks" if since is None else "a part of what is new"
+                raise ServiceError(f"{read} are read, the next look goes on")
+        self._database.execute("UPDATE progress SET since = ?, begun = NULL, after = 0", (begun or None,))
+
+    def put(self, tasks: Iterable[AnnotatedTask]) -> None:
+        """Take in tasks as they are now; one without annotations goes."""
+        entries, gone = [], []
+        for task in tasks:
+            annotation = task.latest
+            if annotation is None:
+                gone.append((task.id,))
+                continue
+            count = sum(not one.was_cancelled for one in task.annotations)
+            row = row_of(task, annotation, self._config, self._label_config)
+            if isinstance(row, str):
+                entries.append((task.id, count, row, None, None, None, None, None, None))
+                continue
+            weight = (row.by_model, annotation.updated_at, annotation.unique_id)
+            entries.append((task.id, count, None, row.sha256, *weight, row.split, msgspec.json.encode(row)))
+        self._database.execute("BEGIN")
+        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+        self._database.executemany("DELETE FROM tasks WHERE id = ?", gone)
+        self._database.execute("COMMIT")
+
+    @property
+    def _since(self) -> str | None:
+        return self._database.execute("SELECT since FROM progress").fetchone()[0]  # type: ignore[no-any-return]
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        """Tasks and annotations, as `Tally` has them."""
+        return self._database.execute("SELECT count(*), coalesce(sum(annotations), 0) FROM tasks").fetchone()  # type: ignore[no-any-return]
+
+    def _holds(self, there: Tally) -> bool:
+        return self._counts == (there.tasks, there.annotations)
+
+    # Freezing
+
+    def freeze(self, manifest: BinaryIO, uri_of: str) -> Snapshot:
+        """Write the manifest, JSON lines ordered by content hash; `uri_of` is its address with `{digest}` in it.
+
+        One row an image: of several tasks with the same content the one annotated last counts, a person's before the model's.
+        """
+        digest, splits = hashlib.sha256(), Counter[str]()
+        skipped = Counter[str](dict(self._database.execute(
+            "SELECT skipped, count(*) FROM tasks WHERE skipped IS NOT NULL GROUP BY skipped ORDER BY skipped"
+        )))  # fmt: skip
+        before = None
+        for sha256, split, row in self._rows():
+            if sha256 == before:
+                skipped["another task shows the same image"] += 1
+                continue
+            before = sha256
+            splits[split] += 1
+            line = row + b"\n"
+            digest.update(line)
+            manifest.write(line)
+        return Snapshot(
+            model=self._config.name,
+            digest=digest.hexdigest(),
+            manifest=uri_of.format(digest=digest.hexdigest()),
+            n_annotations=splits.total(),
+            n_train=splits["train"],
+            n_validation=splits["validation"],
+            n_test=splits["test"],
+            skipped=dict(skipped),
+        )
+
+    def _rows(self) -> Iterator[tuple[str, str, bytes]]:
+        # The id decides between equals, whatever the order in which they came.
+        return self._database.execute(
+            "SELECT sha256, split, row FROM tasks WHERE row IS NOT NULL "
+            "ORDER BY sha256, by_model, updated_at DESC, unique_id DESC, id"
+        )
+
+
+def freeze(
+    tasks: Iterable[AnnotatedTask], config: ModelConfig, label_config: LabelConfig, uri_of: str = ""
+) -> tuple[Snapshot, bytes]:
+    """The snapshot of these very tasks and its manifest, in memory."""
+    with closing(SnapshotIndex(config, label_config, 0, ":memory:")) as index:
+        index.clear()
+        index.put(tasks)
+        manifest = io.BytesIO()
+        return index.freeze(manifest, uri_of), manifest.getvalue()
+
+
+@contextmanager
+def opened(
+    bucket: Bucket, folder: ModelFolder, project: int, scratch: Path, *, log: Callable[..., None]
+) -> Iterator[SnapshotIndex]:
+    """A model's index from the artifacts bucket, or an empty one where that is of no use; `scratch` is a folder for its file.
+
+    It is written back at the end, also after an error of ours, unless somebody else has written meanwhile: theirs is as good,
+    and where it is an erasure's empty one, ours would bring the image back. Raises `StorageError`.
+    """
+    key, file = artifacts.index_key(folder.config.name), scratch / "index.sqlite"
+    tag = bucket.download(key, file)
+    index = None
+    try:
+        why = "there is none" if tag is None else _unsealed(file)
+        index, why = (None, why) if why else _usable(folder, project, file)
+        if index is None:
+            log("index built anew", model=folder.config.name, reason=why)
+            file.unlink(missing_ok=True)
+            index = SnapshotIndex(folder.config, folder.label_config, project, file)
+            index.clear()
+        try:
+            yield index
+        except LabelloopError:
+            _keep(bucket, key, index, file, tag, log)
+            raise
+        _keep(bucket, key, index, file, tag, log)
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(f"the index of {folder.config.name} cannot be kept in {scratch}: {error}") from error
+    finally:
+        if index is not None:
+            index.close()
+
+
+def _usable(folder: ModelFolder, project: int, file: Path) -> tuple[SnapshotIndex | None, str]:
+    index = SnapshotIndex(folder.config, folder.label_config, project, file)
+    try:
+        if index.is_usable:
+            return index, ""
+        why = "it is of another format, configuration or project"
+    except sqlite3.Error as error:
+        why = f"it cannot be read: {error}"
+    index.close()
+    return None, why
+
+
+def _keep(bucket: Bucket, key: str, index: SnapshotIndex, file: Path, tag: str | None, log: Callable[..., None]) -> None:
+    index.close()
+    with file.open("ab") as end:
+        end.write(_digest(file))
+    try:
+        bucket.upload_if(key, file, tag=tag)
+    except ConflictError as error:
+        log("index not kept", reason=str(error))
+
+
+def _unsealed(file: Path) -> str:
+    """Take the digest off a file's end; why it is not the file's, or nothing."""
+    size = file.stat().st_size - hashlib.sha256().digest_size
+    if size < 0:
+        return "it is empty"
+    with file.open("r+b") as content:
+        content.seek(size)
+        sealed = content.read()
+        content.truncate(size)
+    return "" if _digest(file) == sealed else "it is damaged"
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
