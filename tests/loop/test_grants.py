@@ -256,8 +256,8 @@ class Works:
     def _suspect(self) -> Suspect:
         """An annotation that is not up for review yet."""
         known = {case.sha256 for case in self._deployment.ledger.review_cases(self._model, self._loop.project)}
-        tasks = self._deployment.label_studio.annotated_tasks(self._loop.project)
-        task = next(task for task in tasks if task.latest and task.content_hash not in known)
+        pages = self._deployment.label_studio.annotated_tasks(self._loop.project)
+        task = next(task for page in pages for task in page if task.latest and task.content_hash not in known)
         assert task.latest is not None
         given = problem_types.of("classification").annotated(task.latest, self._loop.folder.label_config)
         annotation = task.latest.unique_id

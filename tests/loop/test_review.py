@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 from urllib.parse import urlencode
 
@@ -37,7 +38,7 @@ def _call(loop: Loop, method: str, path: str, body: Any = None) -> Any:
 
 
 def _training_images(loop: Loop) -> list[AnnotatedTask]:
-    tasks = loop.deployment.label_studio.annotated_tasks(loop.project)
+    tasks = chain.from_iterable(loop.deployment.label_studio.annotated_tasks(loop.project))
     splits = loop.folder.config.splits
     return [task for task in tasks if task.latest and split_of((task.meta or {})["group"], splits) == "train"]
 

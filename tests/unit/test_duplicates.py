@@ -15,10 +15,12 @@ from PIL import Image
 
 from cli.examples import digit_detector, digits
 from labelloop import imaging
-from labelloop.dataset import rows, split_of
+from labelloop.dataset import split_of
 from labelloop.duplicates import Assignment, Fingerprint, Groups, Membership, alike, fingerprint, forget_looks
 from labelloop.errors import ConflictError, StorageError
 from labelloop.ledger import Ledger
+from labelloop.records import ManifestRow
+from labelloop.snapshot_index import freeze
 from tests import examples
 from tests.examples import DIGITS, LABELS, annotated_task, encoded, png, sha256
 
@@ -142,12 +144,12 @@ def test_copies_of_holdout_images_that_come_later_never_train(ledger: Ledger) ->
         )
         for number, data in enumerate([*originals, *copies])
     ]
-    found, skipped = rows(tasks, DIGITS, LABELS)
-    splits = {row.sha256: row.split for row in found}
+    snapshot, manifest = freeze(tasks, DIGITS, LABELS)
+    splits = {row.sha256: row.split for row in ManifestRow.read(manifest)}
     assert {splits.get(sha256(data)) for data in copies} == {"test"}
     assert {splits[sha256(data)] for data in originals} == {"train", "validation", "test"}
     assert sum(split_of(sha256(data), DIGITS.splits) == "train" for data in copies) > len(copies) / 2, "by content they would"
-    assert skipped == {}
+    assert snapshot.skipped == {}
 
 
 def test_an_image_that_resembles_two_groups_joins_the_nearer_and_names_the_other(ledger: Ledger) -> None:

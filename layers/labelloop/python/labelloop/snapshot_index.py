@@ -130,7 +130,8 @@ class SnapshotIndex:
 
     def put(self, tasks: Iterable[AnnotatedTask]) -> None:
         """Take in tasks as they are now; one without annotations goes."""
-        entries, gone = [], []
+        entries: list[tuple[object, ...]] = []
+        gone: list[tuple[int]] = []
         for task in tasks:
             annotation = task.latest
             if annotation is None:
