@@ -30,6 +30,7 @@ from labelloop.records import (
     ProblemTypeName,
     Promotion,
     Takeover,
+    Timing,
     Verdict,
 )
 
@@ -61,6 +62,7 @@ class Version(msgspec.Struct, kw_only=True):
     suspects: int
     acceptance: Acceptance | None
     job_name: str
+    timing: Timing | None
 
 
 class Holdout(msgspec.Struct, kw_only=True):
@@ -238,6 +240,7 @@ def _version(promotion: Promotion, champion: Champion | None, kept: Acceptance |
         suspects=promotion.suspects,
         acceptance=kept,
         job_name=promotion.job_name,
+        timing=promotion.timing,
     )
 
 
@@ -296,6 +299,8 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
     if status.running:
         since = f"since {_moment(status.running.started_at)}"
         yield "running", f"{status.running.job_name}, {status.running.n_annotations:,} annotations, {since}", ""
+    if status.versions and (timing := status.versions[-1].timing):
+        yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
         yield "left out", f"{count:,} annotated tasks of the last training ({reason})", ""
     for failed in status.failures:

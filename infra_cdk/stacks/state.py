@@ -26,7 +26,10 @@ class StateStack(cdk.Stack):
         self.artifacts = PrivateBucket(
             self,
             "Artifacts",
-            lifecycle_rules=[s3.LifecycleRule(id="checkpoints", prefix="checkpoints/", expiration=cdk.Duration.days(14))],
+            lifecycle_rules=[
+                s3.LifecycleRule(id="checkpoints", prefix="checkpoints/", expiration=cdk.Duration.days(14)),
+                s3.LifecycleRule(id="cache", prefix="cache/", expiration=cdk.Duration.days(90)),
+            ],
         )
         self.ledger = dynamodb.Table(
             self,
