@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,8 +23,10 @@ from labelloop.errors import AnnotationError, ImageError, LabelloopError, Storag
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
 from training_jobs.job import TrainingJob
-from training_jobs.kept import KeptImages, Pixels
+from training_jobs.kept import KeptImages
 from training_jobs.phases import Phases
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 _READERS = 16  # the images channel fetches a file when it is opened; Pillow decodes without the interpreter's lock
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")

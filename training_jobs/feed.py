@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -29,13 +29,13 @@ class Feed:
         if device.type == "cuda" and pixels.nbytes <= _RESIDENT * torch.cuda.mem_get_info(device)[0]:
             self._resident = torch.from_numpy(pixels).to(device)
 
-    def batches(self, numbers: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each batch of numbers the images, uint8 `[N, height, width, channels]`."""
+    def batches(self, numbers: Tensor) -> Iterator[Tensor]:
+        """For each batch of numbers, int64 `[batches, N]`, the images, uint8 `[N, height, width, channels]`."""
         if self._resident is not None:
-            yield from (self._resident[batch.to(self._device, non_blocking=True)] for batch in numbers)
+            yield from (self._resident[batch.to(self._device, non_blocking=True)] for batch in numbers.unbind())
             return
         with ThreadPoolExecutor(1) as thread:
-            left = iter(numbers)
+            left = iter(numbers.unbind())
             coming: deque[Future[Tensor]] = deque(thread.submit(self._gathered, batch) for batch in islice(left, _AHEAD))
             while coming:
                 asked = time.perf_counter()

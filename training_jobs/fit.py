@@ -88,7 +88,7 @@ def threads(heads: Heads, config: ModelConfig) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         heads(torch.zeros(1, 1 if image.mode == "L" else 3, image.height, image.width))
     operations = _FORWARD_AND_BACK * config.hyperparameters.batch_size * counter.get_total_flops()
-    return max(1, min(round(operations / _A_THREADS_WORK), os.process_cpu_count() or 1))
+    return max(1, min(int(operations / _A_THREADS_WORK + 0.5), os.process_cpu_count() or 1))
 
 
 def fit(
@@ -158,8 +158,9 @@ class HalfPrecision(nn.Module):
 def on_gpu(network: nn.Module, *, compiled: bool) -> nn.Module:
     """The network as a GPU runs its training steps, with the same weights. Older ones only pretend to know bfloat16."""
     forward = HalfPrecision(network, "cuda") if torch.cuda.is_bf16_supported(including_emulation=False) else network
-    compiled_forward: nn.Module = torch.compile(forward) if compiled else forward
-    return compiled_forward
+    if compiled:
+        forward.compile()
+    return forward
 
 
 class _Training:

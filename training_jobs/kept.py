@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -30,7 +30,8 @@ from labelloop.artifacts import Bucket, parse_s3_uri
 from labelloop.errors import StorageError
 from labelloop.records import ModelCard, Shard
 
-type Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+if TYPE_CHECKING:
+    from training_jobs.dataset import Pixels
 
 _SHARD_BYTES = 64 * 2**20
 _AT_ONCE = 4  # shards that are in memory

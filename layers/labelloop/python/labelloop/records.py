@@ -202,9 +202,10 @@ class HoldoutImage(Record, frozen=True, kw_only=True):
 
 
 class Timing(Record, frozen=True, kw_only=True):
-    """What a training job took. `seconds` by phase, in their order.
+    """What a training job took, since its last start where it was interrupted. `seconds` by phase, in their order.
 
-    `images_per_second`: of the fit's steps; `waiting`: the share of their time that went by until images were there.
+    `images_per_second`: of the fit's steps; `waiting`: the share of their time that went by until images were there; None where
+    no epoch was left to do.
     `decoded`: images that had to be decoded; the snapshot's others had been by earlier jobs.
     """
 
