@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import boto3
 import msgspec
 import urllib3
 import yaml
+from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 from rich.markup import escape
 
@@ -26,6 +29,7 @@ from cli.deployment import BackendAccess, Deployment, addresses_to_show
 from cli.examples import Example, ExampleModel
 from cli.label_studio_project import set_up_project
 from cli.progress import Steps
+from cli.turnaround import said, turnaround
 from cli.upload import upload
 from labelloop import imaging, problem_types
 from labelloop.artifacts import s3_uri
@@ -44,7 +48,10 @@ _PICTURES = (3, 4)  # rows and columns of holdout images with their predicted bo
 
 
 class Version(msgspec.Struct, kw_only=True):
-    """A line of the report. `value` is the metric on the annotated holdout, `served_value` that on all of the holdout."""
+    """A line of the report. `value` is the metric on the annotated holdout, `served_value` that on all of the holdout.
+
+    `turnaround`: seconds from the deciding annotation to the version's serving, by part.
+    """
 
     version: int
     annotations: int
@@ -52,6 +59,7 @@ class Version(msgspec.Struct, kw_only=True):
     holdout_images: int
     served_value: float
     champion: bool
+    turnaround: dict[str, float]
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -120,13 +128,15 @@ class Demo:
                 self._wait_for_queue(deployment, annotator)
             with self._phase(f"annotate {count}"):
                 annotator.annotate_up_to(count, self._console)
+                annotated_at = datetime.now(UTC)
             with self._phase(f"train {count}"):
                 promotion = self._wait_for_version(deployment, count)
                 if promotion.verdict == "promote":
                     self._wait_for_label_studio(deployment, project.project, promotion.version)
+                parts = turnaround(annotated_at, _description(promotion.job_name), promotion, datetime.now(UTC))
             with self._phase(f"serve {count}"):
                 served = ask_about_holdout(deployment, folder, data)
-            self._note(deployment, promotion, served)
+            self._note(deployment, promotion, served, parts)
         return served
 
     def _upload(self, deployment: Deployment, folder: ModelFolder, data: list[Example]) -> None:
@@ -196,7 +206,7 @@ class Demo:
                 time.sleep(_LOOK_SECONDS)
             steps.reach(ordered)
 
-    def _note(self, deployment: Deployment, promotion: Promotion, served: Served) -> None:
+    def _note(self, deployment: Deployment, promotion: Promotion, served: Served, parts: dict[str, float]) -> None:
         champion = deployment.champions.read(self._model)
         serves = champion is not None and champion.version == promotion.version
         for earlier in self._report.versions:
@@ -208,9 +218,11 @@ class Demo:
             holdout_images=promotion.holdout_images,
             served_value=served.value,
             champion=serves,
+            turnaround=parts,
         )
         self._report.versions.append(version)
         self._console.print(_line(version, self._report.metric), style="bold green", highlight=False, soft_wrap=True)
+        self._console.print(f"  {said(parts)}", highlight=False, soft_wrap=True)
         if not serves:
             self._console.print(f"  kept version {champion.version if champion else 0}: {escape(promotion.reason)}")
 
@@ -353,6 +365,14 @@ def ask_about_holdout(deployment: Deployment, folder: ModelFolder, data: Sequenc
     ]
     scores = problem.of(config.problem_type).scores(rows, found, config.classes, version=0)
     return Served(holdout, found, scores.value)
+
+
+def _description(job_name: str) -> dict[str, Any]:
+    """What the stand-in for SageMaker says of a training job, with the times of its states."""
+    try:
+        return dict(boto3.client("sagemaker").describe_training_job(TrainingJobName=job_name))
+    except (ClientError, BotoCoreError) as error:
+        raise ServiceError(f"the training job {job_name} cannot be looked at: {error}") from error
 
 
 def groups_of(deployment: Deployment, folder: ModelFolder) -> dict[str, str]:

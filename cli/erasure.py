@@ -35,7 +35,7 @@ from labelloop.duplicates import forget_looks
 from labelloop.errors import ConflictError, RequestError, StorageError
 from labelloop.label_studio.client import KnownTask
 from labelloop.model_config import ModelFolder
-from labelloop.records import ErasedImage, Erasure, Evaluation, ManifestRow, Split, now
+from labelloop.records import ErasedImage, Erasure, Evaluation, ManifestRow, Shard, Split, now
 from labelloop.registry import Registry, Run
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -299,6 +299,7 @@ class Eraser:
             self._tasks.remove(task)
             outcome.tasks += 1
         self._demand_that_nothing_trains()  # one may have begun while the task was there
+        outcome.objects += self._forget_decoded(hashes)
         outcome.records += self._deployment.ledger.forget_images(self._model, self._project, hashes)
         outcome.records += forget_looks(self._deployment.ledger, self._model, self._project, hashes)
         self._empty_index()
@@ -313,6 +314,22 @@ class Eraser:
         key = artifacts.index_key(self._model)
         self._deployment.artifacts.put(key, b"")
         self._delete_replaced(self._deployment.artifacts.name, key)
+
+    def _forget_decoded(self, hashes: set[str]) -> int:
+        """Delete what training jobs keep of the images, whole files of it: the next job decodes the others again."""
+        bucket = self._deployment.artifacts
+        objects = self._versions(bucket.name, artifacts.cache_prefix(self._model))
+        going = {name for name in {_stem(one.key) for one in objects} if self._may_hold(name, hashes)}
+        # Notes come last: by them the next erasure finds what an interrupted one has left.
+        return self._delete(bucket.name, sorted((one for one in objects if _stem(one.key) in going), key=_is_note))
+
+    def _may_hold(self, name: str, hashes: set[str]) -> bool:
+        """Whether a file of decoded images holds one of these: also where its note does not say."""
+        note = self._deployment.artifacts.get(f"{name}.json")
+        try:
+            return note is None or not hashes.isdisjoint(msgspec.json.decode(note, type=Shard).images)
+        except ValueError:
+            return True
 
     def _empty_manifests(self, erasure: Erasure, hashes: set[str], outcome: Erased) -> Erasure:
         """Empty the images' rows in all manifests; the record with what the manifests are then, which it says before they are.
@@ -470,6 +487,14 @@ def caller() -> str:
         return str(boto3.client("sts").get_caller_identity()["Arn"])
     except (ClientError, BotoCoreError) as error:
         raise StorageError(f"AWS does not say who you are: {error}") from error
+
+
+def _stem(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _is_note(one: _Object) -> bool:
+    return one.key.endswith(".json")
 
 
 def _always(content: bytes | None) -> Callable[[bytes], bytes | None]:

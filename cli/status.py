@@ -31,6 +31,7 @@ from labelloop.records import (
     ProblemTypeName,
     Promotion,
     Takeover,
+    Timing,
     Verdict,
 )
 
@@ -62,6 +63,7 @@ class Version(msgspec.Struct, kw_only=True):
     suspects: int
     acceptance: Acceptance | None
     job_name: str
+    timing: Timing | None
 
 
 class Holdout(msgspec.Struct, kw_only=True):
@@ -239,6 +241,7 @@ def _version(promotion: Promotion, champion: Champion | None, kept: Acceptance |
         suspects=promotion.suspects,
         acceptance=kept,
         job_name=promotion.job_name,
+        timing=promotion.timing,
     )
 
 
@@ -297,6 +300,8 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
     if status.running:
         since = f"since {_moment(status.running.started_at)}"
         yield "running", f"{status.running.job_name}, {status.running.n_annotations:,} annotations, {since}", ""
+    if status.versions and (timing := status.versions[-1].timing):
+        yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
         yield "left out", f"{count:,} annotated tasks of the last training ({reason})", ""
     for failed in status.failures:

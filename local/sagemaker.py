@@ -478,7 +478,8 @@ class Service:
             **inherited,
             **aws_environment(self._endpoint),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)]),
-            "OMP_NUM_THREADS": "1",  # torch spins on every core, and a tiny network is slower for it
+            "OMP_NUM_THREADS": "1",  # a job asks for more where its network is worth it
+            "OMP_WAIT_POLICY": "PASSIVE",  # whoever waits for the others would spin, and keep the stack's servers from the cores
             "TRAINING_JOB_NAME": job.name,
             "TRAINING_JOB_ARN": job.arn,
             **given,

@@ -1,8 +1,14 @@
-"""The images of a dataset snapshot as arrays: checked against the manifest, decoded as serving decodes them, kept in memory."""
+"""The images of a dataset snapshot as arrays: checked against the manifest, decoded as serving decodes them, once for all jobs.
+
+They lie in a file that is mapped into memory, so that a snapshot may be larger than that.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +23,13 @@ from labelloop.errors import AnnotationError, ImageError, LabelloopError, Storag
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
 from training_jobs.job import TrainingJob
+from training_jobs.kept import KeptImages
+from training_jobs.phases import Phases
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 _READERS = 16  # the images channel fetches a file when it is opened; Pillow decodes without the interpreter's lock
+_SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _LISTED = 10  # problems named in full; the rest is counted
 
 
@@ -42,34 +51,51 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A snapshot's images by split. `test` is the holdout."""
+    """A snapshot's images by split. `test` is the holdout. `decoded`: how many had to be decoded."""
 
     train: Examples
     validation: Examples
     test: Examples
+    decoded: int = 0
 
 
-def load(job: TrainingJob, config: ModelConfig, card: ModelCard) -> Dataset:
+def load(job: TrainingJob, config: ModelConfig, card: ModelCard, phases: Phases) -> Dataset:
     """Read manifest and images, decoded for the model that `card` describes.
 
     Raises `StorageError` when the manifest is not the job's, `AnnotationError` when it holds nothing to train on or nothing
     to measure with, `ImageError` with all images that are missing or broken or have changed since.
     """
+    phases.begin("read")
     rows = _manifest(job)
     _check(rows, config)
-    pixels = decode(rows, job, config, card)
+    parts = {split: [row for row in rows if row.split == split] for split in _SPLITS}
+    images = decode([row for part in parts.values() for row in part], job, config, card, phases)
+    found, start = {}, 0
+    for split, part in parts.items():
+        found[split] = Examples(part, images.pixels[start : start + len(part)])
+        start += len(part)
+    return Dataset(found["train"], found["validation"], found["test"], images.decoded)
 
-    def of(split: Split) -> Examples:
-        chosen = [number for number, row in enumerate(rows) if row.split == split]
-        return Examples([rows[number] for number in chosen], pixels[chosen])
 
-    return Dataset(train=of("train"), validation=of("validation"), test=of("test"))
+@dataclass(frozen=True)
+class Images:
+    """`pixels` uint8 `[N, height, width, channels]`. `decoded`: how many of them had to be; the others were kept."""
+
+    pixels: Pixels
+    decoded: int
 
 
-def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, card: ModelCard) -> Pixels:
-    """Images as `card`'s model takes them: uint8 `[N, height, width, channels]`. Raises `ImageError` naming every bad one."""
-    channels = 1 if card.mode == "L" else 3
-    pixels = np.empty((len(rows), card.height, card.width, channels), dtype=np.uint8)
+def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, card: ModelCard, phases: Phases) -> Images:
+    """Images as `card`'s model takes them; those that no earlier job kept are decoded, and kept.
+
+    Raises `ImageError` naming every bad one, `StorageError` without room for them.
+    """
+    pixels = _room((len(rows), card.height, card.width, 1 if card.mode == "L" else 3), job.folder)
+    hashes = [row.sha256 for row in rows]
+    phases.begin("read")
+    kept = KeptImages(job.cache, card) if job.cache else None
+    missing = kept.fill(pixels, hashes) if kept else list(range(len(rows)))
+    phases.begin("decode")
 
     def fill(number: int) -> str | None:
         row = rows[number]
@@ -78,16 +104,29 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
             image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
         except ImageError as error:
             return f"{row.image} {error}"
-        pixels[number] = np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, channels)
+        pixels[number] = np.asarray(image, dtype=np.uint8).reshape(pixels.shape[1:])
         return None
 
     with ThreadPoolExecutor(_READERS) as readers:
         _raise_all(
             ImageError,
             "of the snapshot's images cannot be used",
-            [problem for problem in readers.map(fill, range(len(rows))) if problem],
+            [problem for problem in readers.map(fill, missing) if problem],
         )
-    return pixels
+    if kept and missing:
+        kept.keep(pixels, hashes, missing)
+    return Images(pixels, len(missing))
+
+
+def _room(shape: tuple[int, ...], folder: Path) -> Pixels:
+    """An array in a file of the job's disk, which goes with the array."""
+    size, free = math.prod(shape), shutil.disk_usage(folder).free
+    if size > free:  # asked beforehand: a disk that is full later ends the process without a word
+        raise StorageError(
+            f"decoded images take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; raise training.volume_gb in config.yaml"
+        )
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.asarray(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
 
 
 def _manifest(job: TrainingJob) -> list[ManifestRow]:

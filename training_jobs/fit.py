@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 from labelloop import problem_types
 from labelloop.errors import ConfigError
@@ -27,6 +29,7 @@ from labelloop.records import ModelCard, Region
 from training_jobs import problem
 from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.export import to_network
+from training_jobs.feed import Feed
 from training_jobs.heads import Heads
 from training_jobs.job import STOPPED, stop_noted
 from training_jobs.problem import Augment
@@ -37,11 +40,17 @@ _STEPS_AN_EPOCH = 30  # at least: a first training on some seventy images would 
 _WARM_UP = 0.1  # share of the steps in which the learning rate rises
 _AVERAGED = 1 / 16  # share of the steps that the averaged weights look back on
 _CHECKPOINTS = 10  # in a training
+_FORWARD_AND_BACK = 3  # a step's operations, relative to those of its forward pass
+_A_THREADS_WORK = 500_000_000  # operations of a step from which another thread brings more than it costs
+_COMPILED_FROM = 10_000  # steps on a GPU; compiling takes a minute or two
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to. `validation` is the problem type's metric, a share, or None where nothing can be measured."""
+    """What an epoch came to. `validation` is the problem type's metric, a share, or None where nothing can be measured.
+
+    `seconds`: of the steps on `images`, of which `waited` went by until batches were there.
+    """
 
     number: int
     of: int
@@ -49,6 +58,8 @@ class Epoch:
     validation: float | None
     learning_rate: float
     seconds: float
+    images: int
+    waited: float
 
     @property
     def notable(self) -> bool:
@@ -64,10 +75,20 @@ def make_repeatable(seed: int, *, exact: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(exact or not torch.cuda.is_available(), warn_only=True)
     torch.backends.cudnn.benchmark = False
-    if not torch.cuda.is_available():
-        # Sums depend on the number of threads; and on a small network's steps threads cost more than they bring.
-        torch.set_num_threads(1)
     torch.manual_seed(seed)
+
+
+def threads(heads: Heads, config: ModelConfig) -> int:
+    """How many threads pay in a training step on a CPU.
+
+    By the network's cost alone, not by timing: sums depend on the number, and the same snapshot has to give the same weights on
+    the same kind of machine. A small network's steps are slower with several, many times so beside other work.
+    """
+    image = config.image
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        heads(torch.zeros(1, 1 if image.mode == "L" else 3, image.height, image.width))
+    operations = _FORWARD_AND_BACK * config.hyperparameters.batch_size * counter.get_total_flops()
+    return max(1, min(int(operations / _A_THREADS_WORK + 0.5), os.process_cpu_count() or 1))
 
 
 def fit(
@@ -89,25 +110,27 @@ def fit(
     epochs, steps = config.hyperparameters.epochs, training.steps_an_epoch
     with stop_noted() as stop:
         for epoch in range(done // steps, epochs):
-            began, losses = time.monotonic(), []
-            batches = training.batches(epoch)
-            for step in range(max(done, epoch * steps), (epoch + 1) * steps):
-                losses.append(training.step(step, batches[step % steps]))
+            began, waited, losses = time.monotonic(), training.feed.waited, []
+            first = max(done, epoch * steps)
+            batches = training.batches(epoch)[first % steps :]
+            for step, (batch, images) in enumerate(zip(batches, training.feed.batches(batches), strict=True), first):
+                losses.append(training.step(step, batch, images))
                 if stop.is_set():
                     training.save(checkpoint, step + 1)
                     log.info("told to stop; step %d of %d is saved", step + 1, epochs * steps)
                     sys.exit(STOPPED)
-            loss = float(torch.stack(losses).mean())
+            loss = float(torch.stack(losses).mean())  # a GPU has done its work when this is known
+            seconds, waited = time.monotonic() - began, training.feed.waited - waited
             if not math.isfinite(loss):
                 raise ConfigError(
                     "config.yaml", f"the loss is {loss} after epoch {epoch + 1}; try less", "hyperparameters.learning_rate"
                 )
             validation = training.score(data.validation) if data.validation.measurable else None
-            report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), time.monotonic() - began))
+            report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), seconds, batches.numel(), waited))
             if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
                 training.save(checkpoint, (epoch + 1) * steps)
     averaged: nn.Module = training.average.module
-    return averaged.eval()
+    return averaged.to(memory_format=torch.contiguous_format).eval()
 
 
 def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[Region]]:
@@ -119,36 +142,66 @@ def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[R
         yield from (problem_type.candidates(image, card) for image in zip(*outputs, strict=True))
 
 
+class HalfPrecision(nn.Module):
+    """A network whose layers reckon in bfloat16 where that is safe; augmentation and loss stay outside, in float32."""
+
+    def __init__(self, network: nn.Module, device: str) -> None:
+        super().__init__()
+        self.network, self._device = network, device
+
+    def forward(self, *given: Any) -> Any:
+        with torch.autocast(self._device, torch.bfloat16):
+            outputs = self.network(*given)
+        return outputs.float() if isinstance(outputs, Tensor) else outputs
+
+
+def on_gpu(network: nn.Module, *, compiled: bool) -> nn.Module:
+    """The network as a GPU runs its training steps, with the same weights. Older ones only pretend to know bfloat16."""
+    forward = HalfPrecision(network, "cuda") if torch.cuda.is_bf16_supported(including_emulation=False) else network
+    if compiled:
+        forward.compile()
+    return forward
+
+
 class _Training:
     """The state of a training: weights, their average and the optimizer's memory."""
 
     def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, card: ModelCard, augment: Augment) -> None:
         self._config, self._hyperparameters, self._card = config, config.hyperparameters, card
         self._problem = problem.of(config.problem_type)
-        self._pixels, self._loss = torch.from_numpy(examples.pixels), self._problem.loss(examples.rows, config, augment)
+        self._examples, self._loss = len(examples), self._problem.loss(examples.rows, config, augment)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.feed = Feed(examples.pixels, self._device)
         self.steps_an_epoch = max(math.ceil(len(examples) / self._hyperparameters.batch_size), _STEPS_AN_EPOCH)
         self._steps = self.steps_an_epoch * self._hyperparameters.epochs
-        self._network = network.to(self._device).train()
+        # Images come with their channels last, and convolutions are faster when everything stays so.
+        self._network = network.to(self._device).to(memory_format=torch.channels_last).train()
         decay = max(0.0, 1 - 1 / (_AVERAGED * self._steps))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self._network, multi_avg_fn=average, use_buffers=True).eval()
         self._heads = self._problem.heads(self.average.module)
-        self._optimizer = torch.optim.AdamW(self._network.parameters(), weight_decay=self._hyperparameters.weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            self._network.parameters(), weight_decay=self._hyperparameters.weight_decay, fused=self._device.type == "cuda"
+        )
+        self._forward = self._network
+        if self._device.type == "cuda":
+            self._forward = on_gpu(self._network, compiled=self._steps >= _COMPILED_FROM and config.problem_type != "detection")
+        else:
+            torch.set_num_threads(threads(self._heads, config))
 
     def batches(self, epoch: int) -> Tensor:
         """The epoch's batches as numbers of examples, `[steps, batch]`. All are full; a small set comes round several times."""
         size = self._hyperparameters.batch_size
-        rounds = math.ceil(self.steps_an_epoch * size / len(self._pixels))
-        order = torch.cat([torch.randperm(len(self._pixels), generator=self._generator(epoch)) for _ in range(rounds)])
+        rounds = math.ceil(self.steps_an_epoch * size / self._examples)
+        order = torch.cat([torch.randperm(self._examples, generator=self._generator(epoch)) for _ in range(rounds)])
         return order[: self.steps_an_epoch * size].view(self.steps_an_epoch, size)
 
-    def step(self, step: int, batch: Tensor) -> Tensor:
-        """Learn from one batch; returns its loss."""
+    def step(self, step: int, batch: Tensor, images: Tensor) -> Tensor:
+        """Learn from one batch of examples and their images; returns its loss."""
         torch.manual_seed(self._seed(step))
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        loss = self._loss(self._network, to_network(self._pixels[batch].to(self._device)), batch)
+        loss = self._loss(self._forward, to_network(images), batch)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()

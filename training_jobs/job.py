@@ -46,9 +46,10 @@ class TrainingJob:
     name: str
     champion_version: int | None
     champion_annotations: int | None
+    cache: str | None = None  # s3:// address of what earlier jobs kept
 
     @classmethod
-    def read(cls, folder: Path) -> TrainingJob:
+    def read(cls, folder: Path, cache: str | None = None) -> TrainingJob:
         """Read `input/config/hyperparameters.json`. Raises `SettingsError`."""
         file = folder / "input/config/hyperparameters.json"
         try:
@@ -60,7 +61,7 @@ class TrainingJob:
             raise SettingsError(f"the hyperparameters cannot be read: {error}") from error
         except (msgspec.MsgspecError, ValueError) as error:
             raise SettingsError(f"{file}: {error}") from error
-        return cls(folder, given.model, given.digest, given.n_annotations, given.job_name, version, annotations)
+        return cls(folder, given.model, given.digest, given.n_annotations, given.job_name, version, annotations, cache)
 
     @property
     def manifest(self) -> Path:

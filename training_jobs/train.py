@@ -31,6 +31,7 @@ from labelloop.records import (
     ModelCard,
     Region,
     Split,
+    Timing,
 )
 from labelloop.settings import Settings
 from training_jobs import architectures, calibration, dataset, network, out_of_fold, problem, quantization, report_page
@@ -42,6 +43,7 @@ from training_jobs.export import export, stamp
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import TrainingJob, exit_when_stopped, report_failure
 from training_jobs.labels_saved import labels_saved
+from training_jobs.phases import Phases
 from training_jobs.suspicion import suspects
 from training_jobs.tracking import Run
 
@@ -55,12 +57,13 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     folder = models[job.model]
     config = folder.config
     champion = load_champion(job, config)
-    card = model_card(job, config)
-    data = dataset.load(job, config, card)
+    card, phases = model_card(job, config), Phases()
+    data = dataset.load(job, config, card, phases)
     log.info(
         "%s: %d images to train on, %d to validate, %d held out", job.model, len(data.train), len(data.validation), len(data.test)
     )
 
+    phases.begin("build")
     metric = problem_types.of(config.problem_type).metric
     make_repeatable(config.hyperparameters.seed, exact=problem.of(config.problem_type).exact)
     uri = config.architecture.weights_uri
@@ -68,11 +71,16 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     fresh, augment = network.build(folder, weights)
     with Run(job) as run:
         run.parameters(parameters(job, config, data))
-        trained = fit(fresh, data, config, card, augment, job.checkpoint, lambda epoch: note(epoch, metric, run))
+        phases.begin("fit")
+        trained = fit(fresh, data, config, card, augment, job.checkpoint, lambda epoch: note(epoch, metric, run, phases))
+        phases.begin("export")
         exported, parity = export(trained, card, data.test.pixels, job.onnx)
+        phases.begin("int8")
         served, int8 = quantization.choose(exported, job.onnx, data, config, predict)
         calibrated = stamp(job.onnx, calibrate(served, data))
+        phases.begin("out-of-fold")
         unseen = predict_unseen(calibrated, folder, weights, data, job)
+        phases.begin("evaluate")
         parts = (data.train.pixels, data.test.pixels)
         train_split, holdout = (
             embeddings_of(served, pixels) if int8.chosen else embed(trained, config.problem_type, pixels) for pixels in parts
@@ -80,7 +88,8 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
         challenger = stamp(job.onnx, inform(calibrated.card, unseen, train_split, config))
         saved = labels_saved(data.train.rows, train_split, data.test.rows, holdout, config)
         evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity, int8)
-        return record(job, evaluation, run)
+        phases.begin("record")
+        return record(job, evaluation, run, data, phases)
 
 
 def load_champion(job: TrainingJob, config: ModelConfig) -> Model | None:
@@ -130,8 +139,9 @@ def parameters(job: TrainingJob, config: ModelConfig, data: Dataset) -> dict[str
     }
 
 
-def note(epoch: Epoch, metric: Metric, run: Run) -> None:
+def note(epoch: Epoch, metric: Metric, run: Run, phases: Phases) -> None:
     """Every epoch to MLflow, some to the job's log."""
+    phases.steps(epoch.images, epoch.seconds, epoch.waited)
     validation = {} if epoch.validation is None else {f"validation_{metric}": epoch.validation}
     run.metrics(epoch.number, {"loss": epoch.loss, "learning_rate": epoch.learning_rate, **validation})
     if epoch.notable:
@@ -198,7 +208,7 @@ def evaluate(
     """
     rows, classes, kind, card = data.test.rows, config.classes, problem.of(config.problem_type), challenger.card
     found = [kind.kept(regions, card) for regions in unseen.of("test")]
-    before = predict(champion, dataset.decode(rows, job, config, champion.card)) if champion else None
+    before = predict(champion, dataset.decode(rows, job, config, champion.card, Phases()).pixels) if champion else None
     report = Evaluation(
         model=job.model,
         problem_type=config.problem_type,
@@ -247,7 +257,7 @@ def predict(model: Model, pixels: Pixels) -> list[list[Region]]:
     return [kind.kept(found, model.card) for found in candidates(model, pixels)]
 
 
-def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
+def record(job: TrainingJob, evaluation: Evaluation, run: Run, data: Dataset, phases: Phases) -> Evaluation:
     """Keep everything in MLflow, register the version, and leave the completed report, last of all."""
     challenger = evaluation.challenger
     metric, value = challenger.metric, challenger.value
@@ -270,7 +280,9 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
         }
     )
     numbered = msgspec.structs.replace(challenger, version=version)
-    complete = msgspec.structs.replace(evaluation, run_id=run.id, challenger=numbered)
+    timing = phases.timing(data.decoded)
+    run.metrics(0, timing_metrics(timing))
+    complete = msgspec.structs.replace(evaluation, run_id=run.id, challenger=numbered, timing=timing)
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "evaluation.html"
         report_page.write(complete, page)
@@ -282,6 +294,16 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run) -> Evaluation:
     return complete
 
 
+def timing_metrics(timing: Timing) -> dict[str, float]:
+    """What MLflow draws over the runs of a model."""
+    speed = {"images_per_second": timing.images_per_second, "waiting": timing.waiting}
+    return {
+        **{f"seconds_{phase}": seconds for phase, seconds in timing.seconds.items()},
+        **{name: value for name, value in speed.items() if value is not None},
+        "decoded": timing.decoded,
+    }
+
+
 def main() -> int:
     """Run the job; whatever fails leaves a reason for a person in the failure file."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
@@ -290,7 +312,7 @@ def main() -> int:
     settings = Settings()
     folder = Path(settings.opt_ml)
     try:
-        train(TrainingJob.read(folder), ModelConfigs.find(settings))
+        train(TrainingJob.read(folder, settings.cache), ModelConfigs.find(settings))
     except LabelloopError as error:
         log.error("%s", error)
         report_failure(folder, str(error))

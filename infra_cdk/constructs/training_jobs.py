@@ -52,8 +52,8 @@ class TrainingJobs(Construct):
             description=f"What a training job of {stage.prefix} may do",
         )
         allow_reading_objects(self.role, images, "images/")
-        allow_reading_objects(self.role, artifacts, "snapshots/", "models/", "checkpoints/")
-        allow_writing_objects(self.role, artifacts, "training/", "checkpoints/")
+        allow_reading_objects(self.role, artifacts, "snapshots/", "models/", "checkpoints/", "cache/")
+        allow_writing_objects(self.role, artifacts, "training/", "checkpoints/", "cache/")
         allow(self.role, "s3:GetObject", on=code.bucket.arn_for_objects(code.s3_object_key))
         allow(self.role, "s3:ListBucket", on=code.bucket.bucket_arn)  # a channel is a prefix, even when it is one file
         self._allow_reading_weights()

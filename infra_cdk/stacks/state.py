@@ -29,6 +29,7 @@ class StateStack(cdk.Stack):
             lifecycle_rules=[
                 s3.LifecycleRule(id="checkpoints", prefix="checkpoints/", expiration=cdk.Duration.days(14)),
                 s3.LifecycleRule(id="indexes", prefix="indexes/", noncurrent_version_expiration=cdk.Duration.days(1)),
+                s3.LifecycleRule(id="cache", prefix="cache/", expiration=cdk.Duration.days(90)),
             ],
         )
         self.ledger = dynamodb.Table(

@@ -148,6 +148,8 @@ def test_a_training_job_may_read_its_inputs_and_write_its_outputs(prod: Template
         "s3:GetObject Artifacts checkpoints/*",
         "s3:PutObject Artifacts training/*",
         "s3:PutObject Artifacts checkpoints/*",
+        "s3:GetObject Artifacts cache/*",
+        "s3:PutObject Artifacts cache/*",
     }
 
 

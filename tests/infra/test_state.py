@@ -57,14 +57,14 @@ def test_label_studio_may_load_images_in_a_browser(prod: Templates) -> None:
     assert sorted(rule["AllowedMethods"]) == ["GET", "HEAD"]
 
 
-def test_checkpoints_do_not_stay_for_ever(either: Templates) -> None:
+def test_what_can_be_made_again_does_not_stay_for_ever(either: Templates) -> None:
     rules = [
         rule
         for bucket in either.state.of_type("S3::Bucket").values()
         for rule in bucket["Properties"]["LifecycleConfiguration"]["Rules"]
         if "ExpirationInDays" in rule
     ]
-    assert [rule["Prefix"] for rule in rules] == ["checkpoints/"]  # and nothing else expires
+    assert [rule["Prefix"] for rule in rules] == ["checkpoints/", "cache/"]  # and nothing else expires
 
 
 def test_the_ledger_is_on_demand_and_can_be_restored(either: Templates) -> None:

@@ -20,7 +20,9 @@ from tests.examples import CONFIGS, DIGITS, model_card
 from tests.training.opt_ml import manifest_rows
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.export import to_network
-from training_jobs.fit import Epoch, fit, make_repeatable
+from training_jobs.feed import Feed
+from training_jobs.fit import Epoch, HalfPrecision, fit, make_repeatable, threads
+from training_jobs.heads import Logits
 from training_jobs.network import build
 
 
@@ -78,3 +80,36 @@ def test_a_finished_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
     again = trained(short, few, tmp_path / "checkpoint.pt", epochs)
     assert epochs == []
     assert all(torch.equal(value, first.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_batches_come_whole_and_in_order_also_when_nobody_takes_them_all() -> None:
+    pixels = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
+    feed = Feed(pixels, torch.device("cpu"))
+    numbers = torch.randint(0, 10, (7, 3))
+    came = list(feed.batches(numbers))
+    assert [images.tolist() for images in came] == [pixels[batch.numpy()].tolist() for batch in numbers]
+    assert next(iter(feed.batches(numbers))).tolist() == pixels[numbers[0].numpy()].tolist()
+    assert list(feed.batches(numbers[:0])) == []
+    assert feed.waited > 0
+
+
+def test_a_small_network_gets_one_thread_and_a_large_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its cost alone, whatever else the machine does."""
+    monkeypatch.setattr("os.process_cpu_count", lambda: 4)
+    small, _ = build(CONFIGS["digits"], None)
+    assert threads(Logits(small).eval(), DIGITS) == 1
+    large = nn.Sequential(nn.Conv2d(1, 256, 3, padding=1), nn.Conv2d(256, 256, 3, padding=1), nn.Flatten(), nn.LazyLinear(10))
+    assert threads(Logits(large).eval(), DIGITS) == 4
+
+
+def test_what_follows_a_network_in_half_precision_is_reckoned_in_full() -> None:
+    network = nn.Linear(3, 2)
+    half = HalfPrecision(network, "cpu")
+    images = torch.rand(4, 3)
+    outputs = half(images)
+    assert outputs.dtype == torch.float32
+    assert not torch.equal(outputs, network(images))  # the layer itself was not
+    assert torch.allclose(outputs, network(images), atol=0.02)
+    outputs.sum().backward()
+    assert network.weight.grad is not None
+    assert network.weight.grad.dtype == torch.float32

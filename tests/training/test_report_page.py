@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from labelloop.records import Evaluation, HoldoutImage, Int8, Interval, LabelsSaved, Region, Scores
+from labelloop.records import Evaluation, HoldoutImage, Int8, Interval, LabelsSaved, Region, Scores, Timing
 from tests import examples
 from training_jobs import report_page
 
@@ -85,6 +85,13 @@ def test_it_says_the_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
     ):
         assert said in found.text, said
     assert found.tags.count("svg") == 2
+    assert "training job took" not in found.text  # an older job did not say
+
+
+def test_it_says_what_the_training_job_took(tmp_path: Path) -> None:
+    timing = Timing(seconds={"fit": 3.25, "record": 1.0}, images_per_second=None, waiting=None, decoded=12)
+    found = page(msgspec.structs.replace(report(["cat", "dog"]), timing=timing), tmp_path)
+    assert "The training job took 4 s: fit 3.2, record 1.0; 12 images decoded." in found.text
 
 
 def test_it_says_which_numbers_serve_and_why(tmp_path: Path) -> None:

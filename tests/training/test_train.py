@@ -135,11 +135,24 @@ def test_mlflow_holds_the_run_and_the_version(finished: OptMl, mlflow: MlflowCli
     }
 
 
+def test_the_report_and_mlflow_say_what_the_time_went_to(finished: OptMl, mlflow: MlflowClient, rows: list[ManifestRow]) -> None:
+    timing = finished.evaluation.timing
+    assert timing is not None
+    assert list(timing.seconds) == ["read", "decode", "build", "fit", "export", "out-of-fold", "evaluate", "record"]
+    assert timing.decoded == len(rows)  # nothing is kept where nothing says where
+    assert timing.images_per_second is not None
+    assert timing.waiting is not None
+    metrics = mlflow.get_run(finished.evaluation.run_id).data.metrics
+    assert metrics["seconds_fit"] == timing.seconds["fit"] > 0
+    assert (metrics["images_per_second"], metrics["waiting"]) == (timing.images_per_second, timing.waiting)
+
+
 def test_a_restarted_job_registers_once(finished: OptMl, run_here: Run, mlflow: MlflowClient) -> None:
     before = finished.evaluation
     (finished.folder / "model/evaluation.json").unlink()
     assert run_here(finished) == 0
-    assert finished.evaluation == msgspec.structs.replace(before, onnx_sha256=finished.evaluation.onnx_sha256)
+    again = finished.evaluation
+    assert again == msgspec.structs.replace(before, onnx_sha256=again.onnx_sha256, timing=again.timing)
     versions = [
         version for version in mlflow.search_model_versions("name = 'digits'") if version.tags["job_name"] == "job-finished"
     ]

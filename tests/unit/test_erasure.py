@@ -30,7 +30,7 @@ from labelloop.label_studio.client import KnownTask
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.ledger import Ledger
 from labelloop.promotion import Promoter, unpack
-from labelloop.records import Audit, Evaluation, HoldoutImage, Region, ReviewCase, Training
+from labelloop.records import Audit, Evaluation, HoldoutImage, Region, ReviewCase, Shard, Training
 from labelloop.registry import Registry
 from labelloop.snapshot_index import SnapshotIndex, opened
 from tests import examples
@@ -227,6 +227,20 @@ def test_nothing_of_an_image_is_left_but_its_hash(trained: Stage) -> None:
     assert [audit.sha256 for audit in trained.ledger.audits("digits", 2)] == [OTHER_HASH]
     assert trained.images.get("images/digits/other.png") == OTHER
     assert "Label Studio's data folder" in " ".join(done.left)
+
+
+def test_what_training_jobs_keep_of_an_image_goes_in_all_versions_and_the_rest_stays(trained: Stage) -> None:
+    cache = f"{artifacts.cache_prefix('digits')}decoded/recipe/"
+    for name, images in (("with", [OTHER_HASH, HASH]), ("without", [OTHER_HASH])):
+        for content in (b"damaged", SECRET if name == "with" else OTHER):
+            trained.artifacts.put(f"{cache}{name}.npy", content)
+        trained.artifacts.put(f"{cache}{name}.json", msgspec.json.encode(Shard(images=images, sha256="0" * 64)))
+    trained.artifacts.put(f"{cache}unnoted.npy", SECRET)  # a job ended before it wrote the note
+    trained.artifacts.put(f"{cache}unclear.npy", SECRET)
+    trained.artifacts.put(f"{cache}unclear.json", b"no note")
+    trained.erase("secret 1.png")
+    assert trained.is_erased
+    assert trained.artifacts.keys(cache) == [f"{cache}without.json", f"{cache}without.npy"]
 
 
 def test_the_record_says_when_who_why_and_what_by_hashes_only(trained: Stage) -> None:

@@ -126,6 +126,7 @@ def test_the_request_keeps_the_contract_of_the_job() -> None:
         "champion": ("File", "s3://labelloop-local-artifacts/models/digits/3/model.onnx"),
     }
     assert request["Environment"]["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert request["Environment"]["LABELLOOP_CACHE"] == "s3://labelloop-local-artifacts/cache/digits/"
     assert request["OutputDataConfig"]["S3OutputPath"] == "s3://labelloop-local-artifacts/training/digits/"
     assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] >= request["StoppingCondition"]["MaxRuntimeInSeconds"] == 1800
     assert request["CheckpointConfig"]["S3Uri"].endswith(f"checkpoints/digits/{JOB.job_name}/")

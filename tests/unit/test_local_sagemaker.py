@@ -213,7 +213,7 @@ def test_a_job_sees_the_container_contract_and_leaves_an_archive_and_an_event(st
     assert environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:1"
     assert environment["WHERE"] == environment["LABELLOOP_OPT_ML"] + "/model"
     assert environment["AWS_ENDPOINT_URL"] == standin.endpoint
-    assert environment["OMP_NUM_THREADS"] == "1"
+    assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("1", "PASSIVE")
     assert Path(python).parent == Path(sys.executable).parent
 
     event = standin.event("labelloop-local-digits-1")

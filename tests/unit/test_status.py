@@ -20,7 +20,7 @@ from labelloop.errors import LabelStudioError
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelFolder
-from labelloop.records import Interval, LabelsSaved, Promotion, ReviewCase, Takeover
+from labelloop.records import Interval, LabelsSaved, Promotion, ReviewCase, Takeover, Timing
 from tests import examples
 
 NOON = "2026-01-01T12:00:00.000+00:00"
@@ -102,7 +102,8 @@ def busy(stage: Stage) -> Stage:
     difference = Interval(value=0.083, low=0.041, high=0.125)
     stage.decide(2, 0.963, difference=difference, calibration_error=0.021, labels_saved=saved)
     unclear = Interval(value=0.004, low=-0.021, high=0.029)
-    stage.decide(3, 0.967, difference=unclear, calibration_error=0.018, verdict="undecided", suspects=7)
+    timing = Timing(seconds={"read": 0.25, "fit": 20.0, "record": 1.5}, images_per_second=1234.5, waiting=0.002, decoded=400)
+    stage.decide(3, 0.967, difference=unclear, calibration_error=0.018, verdict="undecided", suspects=7, timing=timing)
     return stage
 
 
@@ -133,6 +134,13 @@ def test_versions_with_verdict_difference_and_calibration(busy: Stage) -> None:
     for part in ("1,000", "96.3%", "2.1%", "+8.3 (+4.1 to +12.5)", "promote", "champion"):
         assert part in row
     assert any("undecided: reason 3" in line for line in lines)
+
+
+def test_it_says_what_the_last_training_took(busy: Stage) -> None:
+    status = busy.status()
+    assert [version.timing is None for version in status.versions] == [True, True, False]
+    (line,) = (line for line in said(status) if line.startswith("last training"))
+    assert "22 s: read 0.2, fit 20.0, record 1.5; 1,234 images/s, 0.2% of it waiting for images; 400 images decoded" in line
 
 
 def test_the_table_fits_a_hundred_columns(busy: Stage) -> None:

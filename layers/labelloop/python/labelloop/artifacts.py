@@ -34,7 +34,8 @@ _RETRIES: RetryConfig = {  # each wait is drawn at random; none begins later tha
     "retry_timeout": timedelta(seconds=30),
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_OBSTORE_ERRORS = (obstore.exceptions.BaseError, ValueError)  # ValueError: a key that it does not take
+# ValueError: a key that it does not take; FileNotFoundError: where it writes there is no such bucket.
+_OBSTORE_ERRORS = (obstore.exceptions.BaseError, ValueError, FileNotFoundError)
 
 
 def manifest_key(model: str, digest: str) -> str:
@@ -55,6 +56,11 @@ def training_archive_key(model: str, job_name: str) -> str:
 
 def checkpoints_prefix(model: str, job_name: str) -> str:
     return f"checkpoints/{model}/{job_name}/"
+
+
+def cache_prefix(model: str) -> str:
+    """What training jobs keep for the next one. Nothing depends on it."""
+    return f"cache/{model}/"
 
 
 def onnx_key(model: str, version: int) -> str:

@@ -114,7 +114,11 @@ def training_request(settings: Settings, config: ModelConfig, job: Job, champion
             "champion_version": str(champion.version) if champion else "",
             "champion_annotations": str(champion.n_annotations) if champion else "",
         },
-        "Environment": {"MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri, "LABELLOOP_STAGE": settings.stage},
+        "Environment": {
+            "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+            "LABELLOOP_STAGE": settings.stage,
+            "LABELLOOP_CACHE": f"s3://{bucket}/{artifacts.cache_prefix(config.name)}",
+        },
         "InputDataConfig": channels,
         "OutputDataConfig": {"S3OutputPath": f"s3://{bucket}/{artifacts.training_prefix(config.name)}"},
         "CheckpointConfig": {"S3Uri": f"s3://{bucket}/{artifacts.checkpoints_prefix(config.name, job.job_name)}"},

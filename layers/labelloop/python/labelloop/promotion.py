@@ -179,6 +179,7 @@ class Promoter:
             calibration_error=evaluation.calibration_error,
             labels_saved=evaluation.labels_saved,
             suspects=len(evaluation.suspects),
+            timing=evaluation.timing,
         )
 
     def _has_served(self, version: int, champion: Champion) -> bool:

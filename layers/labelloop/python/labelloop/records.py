@@ -221,6 +221,35 @@ class HoldoutImage(Record, frozen=True, kw_only=True):
     champion: list[Region] | None = None
 
 
+class Timing(Record, frozen=True, kw_only=True):
+    """What a training job took, since its last start where it was interrupted. `seconds` by phase, in their order.
+
+    `images_per_second`: of the fit's steps; `waiting`: the share of their time that went by until images were there; None where
+    no epoch was left to do.
+    `decoded`: images that had to be decoded; the snapshot's others had been by earlier jobs.
+    """
+
+    seconds: dict[str, float]
+    images_per_second: float | None
+    waiting: float | None
+    decoded: int
+
+    @property
+    def text(self) -> str:
+        """For a person, in one line."""
+        phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        speed = "" if self.images_per_second is None else f"; {self.images_per_second:,.0f} images/s"
+        waiting = "" if self.waiting is None else f", {self.waiting:.1%} of it waiting for images"
+        return f"{sum(self.seconds.values()):.0f} s: {phases}{speed}{waiting}; {self.decoded:,} images decoded"
+
+
+class Shard(Record, frozen=True, kw_only=True):
+    """The note beside a file of arrays that training jobs keep: SHA-256 of the images, in order, and of the file."""
+
+    images: list[str]
+    sha256: str
+
+
 class Evaluation(Record, frozen=True, kw_only=True):
     """The evaluation report of a training job: challenger and champion on the same holdout, image by image."""
 
@@ -248,6 +277,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     int8: Int8 | None = None  # None in reports of before it was tried
     verdict: Verdict = "undecided"  # of the gate, if nothing else takes over meanwhile
     reason: str = ""
+    timing: Timing | None = None
 
 
 class Job(Record, frozen=True, kw_only=True):
@@ -322,6 +352,7 @@ class Promotion(Record, frozen=True, kw_only=True):
     calibration_error: float | None = None
     labels_saved: LabelsSaved | None = None
     suspects: int = 0
+    timing: Timing | None = None
 
 
 class Takeover(Record, frozen=True, kw_only=True):

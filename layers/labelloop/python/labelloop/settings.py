@@ -104,6 +104,11 @@ class Settings:
         return self._environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") in ("snap-start", "provisioned-concurrency")
 
     @property
+    def cache(self) -> str | None:
+        """s3:// address under which a training job keeps what the next one need not do again; None: nowhere."""
+        return self._environ.get("LABELLOOP_CACHE") or None
+
+    @property
     def endpoint_url(self) -> str | None:
         """Where AWS is, when it is an emulator."""
         return self._environ.get("AWS_ENDPOINT_URL") or None

@@ -1,0 +1,470 @@
+"""How fast the training job trains, against torchvision's reference recipe and against the same steps without any data.
+
+    uv run python -m benchmarks.training [--model mobilenet_v2] [--images 960] [--epochs 8] [--size 96] [--device auto]
+                                         [--json FILE] [--plot FILE]
+
+Three runs, each in a process of its own, of the same torchvision network from random weights, for the same epochs over the same
+JPEG files, with the same images held out:
+
+- *ours*: the training job's own reading, decoding and fit, on augmented images as `architectures.augmentation` makes them;
+- *reference*: what torchvision's references/classification does: a DataLoader whose workers decode every file anew in each epoch
+  with Pillow, a random crop scaled to the size, a mirror image at random, SGD with momentum and a falling cosine, float32. Its
+  learning rate is the best of a few that were tried; its accuracy is that of the last weights, ours that of the averaged ones;
+- *limit*: ours without data: the network's steps on one batch that is there already, no augmentation, no average of the weights.
+
+The images are details of scikit-image's photographs; the class is the photograph that a detail comes from. MobileNetV3 wants many
+more epochs to say anything by its accuracy: its batch norm's averages move by a hundredth each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
+_DETAIL = (90, 220)  # pixels of a photograph that a detail is wide
+_JPEG = (400, 300)  # its size as a file
+_HELD_OUT = 0.25  # relative to the images that are trained on
+_BATCH = 32
+_LEARNING_RATE = 0.003  # ours
+_REFERENCE_RATE = 0.05
+_LIMIT_STEPS = 40
+
+_CONFIG = """
+name: details
+problem_type: classification
+classes: [{classes}]
+architecture: {{name: {model}, weights: none}}
+image: {{width: {size}, height: {size}, mode: RGB}}
+hyperparameters: {{epochs: {epochs}, batch_size: {batch}, learning_rate: {rate}, weight_decay: 0.01}}
+label_studio: {{title: details}}
+retrain: {{at: [10]}}
+"""
+
+_MODEL = """
+from training_jobs import architectures
+
+
+def build_model(config, weights):
+    return architectures.build(config, weights)
+
+
+def augmentation(config):
+    return architectures.augmentation(config)
+"""
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What is trained. `folder` holds the images and, for ours, what stands for /opt/ml."""
+
+    folder: str
+    model: str
+    images: int
+    epochs: int
+    size: int
+
+
+class Point(msgspec.Struct, frozen=True):
+    """After an epoch: seconds since the start without those that measuring took, and the share of the held-out images right."""
+
+    seconds: float
+    accuracy: float
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. `images_per_second` and `cpu_seconds_per_image`: over reading, decoding and all steps, without the measuring.
+
+    `waiting`: share of the steps' time that went by until images were there. `threads`: of torch in the steps.
+    """
+
+    name: str
+    device: str
+    threads: int
+    images_per_second: float
+    cpu_seconds_per_image: float
+    waiting: float | None
+    curve: list[Point]
+
+
+class Stopwatch:
+    """Seconds and CPU seconds, workers' too, without those of what is left out."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu = 0.0
+        self.go_on()
+
+    def go_on(self) -> None:
+        self._began = time.perf_counter(), _cpu_seconds()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self._began[0]
+        self.cpu += _cpu_seconds() - self._began[1]
+
+
+def make_images(folder: Path, count: int, seed: int = 0) -> None:
+    """JPEG files `{class}-{number}.jpg`, as many of each class."""
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+
+    chance = random.Random(seed)
+    photographs = {name: Image.fromarray(np.asarray(getattr(data, name)())).convert("RGB") for name in _PHOTOGRAPHS}
+    for number in range(count):
+        name = _PHOTOGRAPHS[number % len(_PHOTOGRAPHS)]
+        photograph = photographs[name]
+        width = chance.uniform(*_DETAIL)
+        height = width * _JPEG[1] / _JPEG[0]
+        x, y = chance.uniform(0, photograph.width - width), chance.uniform(0, photograph.height - height)
+        detail = photograph.resize(_JPEG, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
+        detail.save(folder / f"{name}-{number:05}.jpg", quality=90)
+
+
+def split(folder: Path, count: int) -> tuple[list[Path], list[Path]]:
+    """The files to train on, `count` of them, and those that are held out."""
+    files = sorted(folder.glob("*.jpg"))
+    random.Random(1).shuffle(files)
+    return files[:count], files[count:]
+
+
+def ours(task: Task) -> Result:
+    """The training job's own steps from the files to the trained network."""
+    import torch
+
+    from training_jobs import network, problem
+    from training_jobs.fit import Epoch, candidates, fit, make_repeatable
+    from training_jobs.phases import Phases
+
+    folder, config = _model(task)
+    card = _card(config)
+    make_repeatable(0, exact=True)
+    fresh, augment = network.build(folder, None)
+    watch, phases, epochs = Stopwatch(), Phases(), list[Epoch]()
+    data = _load(task, config, card, phases)
+    watch.stop()
+    reading = watch.seconds
+    watch.go_on()
+    trained = fit(fresh, data, config, card, augment, Path(task.folder) / "checkpoint.pt", epochs.append)
+    watch.stop()
+    measuring = Stopwatch()  # fit measures after every epoch; once more tells what that took
+    list(candidates(problem.of(config.problem_type).heads(trained), data.validation.pixels, card))
+    measuring.stop()
+    spent = [epoch.seconds for epoch in epochs]
+    images, seconds = sum(epoch.images for epoch in epochs), reading + sum(spent)
+    return Result(
+        name="ours",
+        device=_device(),
+        threads=torch.get_num_threads(),
+        images_per_second=images / seconds,
+        cpu_seconds_per_image=(watch.cpu - len(epochs) * measuring.cpu) / images,
+        waiting=sum(epoch.waited for epoch in epochs) / sum(spent),
+        curve=[Point(reading + sum(spent[: epoch.number]), epoch.validation or 0.0) for epoch in epochs],
+    )
+
+
+def reference(task: Task) -> Result:
+    """torchvision's recipe, from the same files to a trained network."""
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from torchvision import models
+    from torchvision.transforms import v2
+
+    train, _ = split(Path(task.folder), task.images)
+    torch.manual_seed(0)
+    device = torch.device(_device())
+    published = models.get_model_weights(task.model).DEFAULT.transforms()
+    prepare = v2.Compose(
+        [
+            v2.RandomResizedCrop(task.size, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(published.mean, published.std),
+        ]
+    )
+    workers = min(16, os.process_cpu_count() or 1)
+    files: Any = _Files(train, prepare)
+    loader: Any = DataLoader(
+        files,
+        batch_size=_BATCH,
+        shuffle=True,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    network = models.get_model(task.model, weights=None, num_classes=len(_PHOTOGRAPHS)).to(device)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(network.parameters(), lr=_REFERENCE_RATE, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=task.epochs)
+    measure = _holdout(task, published)
+    watch, waited, curve = Stopwatch(), 0.0, []
+    for _ in range(task.epochs):
+        network.train()
+        asked = time.perf_counter()
+        for images, targets in loader:
+            waited += time.perf_counter() - asked
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            loss = criterion(network(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            asked = time.perf_counter()
+        loss.item()
+        schedule.step()
+        watch.stop()
+        curve.append(Point(watch.seconds, measure(network)))
+        watch.go_on()
+    images_seen = task.epochs * task.images
+    return Result(
+        name="reference",
+        device=device.type,
+        threads=torch.get_num_threads(),
+        images_per_second=images_seen / watch.seconds,
+        cpu_seconds_per_image=watch.cpu / images_seen,
+        waiting=waited / watch.seconds,
+        curve=curve,
+    )
+
+
+def limit(task: Task) -> Result:
+    """The network's steps alone, as ours are made, on one batch that stays where it is."""
+    import torch
+
+    from training_jobs import network, problem
+    from training_jobs.export import to_network
+    from training_jobs.fit import make_repeatable, on_gpu, threads
+
+    folder, config = _model(task)
+    make_repeatable(0, exact=True)
+    fresh, _ = network.build(folder, None)
+    device = torch.device(_device())
+    trained = fresh.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cuda":
+        forward = on_gpu(trained, compiled=False)
+    else:
+        forward = trained
+        torch.set_num_threads(threads(problem.of(config.problem_type).heads(trained.eval()), config))
+    trained.train()
+    images = to_network(torch.randint(0, 256, (_BATCH, task.size, task.size, 3), dtype=torch.uint8).to(device))
+    targets = torch.randint(0, len(_PHOTOGRAPHS), (_BATCH,)).to(device)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, fused=device.type == "cuda")
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            loss = torch.nn.functional.cross_entropy(forward(images), targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        loss.item()
+
+    steps(5)
+    watch = Stopwatch()
+    steps(_LIMIT_STEPS)
+    watch.stop()
+    return Result(
+        name="limit",
+        device=device.type,
+        threads=torch.get_num_threads(),
+        images_per_second=_LIMIT_STEPS * _BATCH / watch.seconds,
+        cpu_seconds_per_image=watch.cpu / (_LIMIT_STEPS * _BATCH),
+        waiting=None,
+        curve=[],
+    )
+
+
+class _Files:
+    """torchvision's ImageFolder: a file is opened and decoded whenever its image is asked for."""
+
+    def __init__(self, files: Sequence[Path], prepare: Callable[[Any], Any]) -> None:
+        self._files, self._prepare = files, prepare
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        file = self._files[number]
+        with Image.open(file) as image:
+            return self._prepare(image.convert("RGB")), _PHOTOGRAPHS.index(_class(file))
+
+
+def _holdout(task: Task, published: Any) -> Callable[[Any], float]:
+    """Measures a network on the held-out images, decoded as ours are."""
+    import numpy as np
+    import torch
+
+    from labelloop import imaging
+
+    _, files = split(Path(task.folder), task.images)
+    decoded = [imaging.decode(file.read_bytes(), width=task.size, height=task.size, mode="RGB") for file in files]
+    pixels = torch.from_numpy(np.array([np.asarray(image) for image in decoded])).permute(0, 3, 1, 2).float() / 255
+    pixels = (pixels - torch.tensor(published.mean).view(-1, 1, 1)) / torch.tensor(published.std).view(-1, 1, 1)
+    truth = torch.tensor([_PHOTOGRAPHS.index(_class(file)) for file in files])
+
+    def accuracy(network: Any) -> float:
+        network.eval()
+        device = next(network.parameters()).device
+        with torch.inference_mode():
+            best = torch.cat([network(batch.to(device)).argmax(dim=1).cpu() for batch in torch.split(pixels, 128)])
+        return float((best == truth).float().mean())
+
+    return accuracy
+
+
+def _model(task: Task) -> tuple[Any, Any]:
+    from labelloop.model_config import ModelFolder
+
+    folder = Path(task.folder) / "model_configs/details"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = _CONFIG.format(
+        classes=", ".join(_PHOTOGRAPHS), model=task.model, size=task.size, epochs=task.epochs, batch=_BATCH, rate=_LEARNING_RATE
+    )
+    (folder / "config.yaml").write_text(text)
+    (folder / "model.py").write_text(_MODEL)
+    found = ModelFolder(folder)
+    return found, found.config
+
+
+def _card(config: Any) -> Any:
+    from labelloop.records import ModelCard
+
+    image = config.image
+    return ModelCard(
+        model=config.name, problem_type=config.problem_type, classes=config.classes, width=image.width, height=image.height,
+        mode=image.mode, oversampling=image.oversampling, dataset_digest="",
+    )  # fmt: skip
+
+
+def _load(task: Task, config: Any, card: Any, phases: Any) -> Any:
+    """The files as a snapshot, read and decoded as the job does it; what is held out is the validation split."""
+    from labelloop.records import ManifestRow, Region
+    from training_jobs import dataset
+    from training_jobs.dataset import Dataset
+    from training_jobs.job import TrainingJob
+
+    place = Path(task.folder) / "ml"
+    for name in ("manifest", "images"):
+        (place / "input/data" / name).mkdir(parents=True)
+    train, held_out = split(Path(task.folder), task.images)
+
+    def rows() -> Iterator[ManifestRow]:
+        for number, file in enumerate([*train, *held_out]):
+            (place / "input/data/images" / file.name).hardlink_to(file)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            yield ManifestRow(
+                image=f"s3://images/{config.images_prefix}{file.name}", sha256=digest, group=digest,
+                regions=[Region(label=_class(file))], split="train" if number < len(train) else "test",
+                annotation=str(number), task=number,
+            )  # fmt: skip
+
+    manifest = b"".join(msgspec.json.encode(row) + b"\n" for row in rows())
+    (place / "input/data/manifest/manifest.jsonl").write_bytes(manifest)
+    job = TrainingJob(place, config.name, hashlib.sha256(manifest).hexdigest(), task.images, "job", None, None)
+    found = dataset.load(job, config, card, phases)
+    return Dataset(train=found.train, validation=found.test, test=found.test, decoded=found.decoded)
+
+
+def _class(file: Path) -> str:
+    return file.name.partition("-")[0]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cpu_seconds() -> float:
+    return sum(
+        used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def reached(result: Result, accuracy: float) -> float | None:
+    """Seconds after which a run was so accurate for the first time."""
+    return next((point.seconds for point in result.curve if point.accuracy >= accuracy), None)
+
+
+def table(results: Sequence[Result]) -> str:
+    """As Markdown. The accuracy to reach is the lower one of those that the runs ended with, less two points."""
+    ends = [result.curve[-1].accuracy for result in results if result.curve]
+    goal = min(ends, default=0.0) - 0.02
+    fastest = max((result.images_per_second for result in results if result.name == "limit"), default=None)
+    rows = [("run", "threads", "images/s", "CPU ms per image", "waiting", "accuracy", f"s to {goal:.0%}", "share of the limit")]
+    for result in results:
+        seconds = reached(result, goal)
+        rows.append(
+            (
+                result.name,
+                str(result.threads),
+                f"{result.images_per_second:.0f}",
+                f"{1000 * result.cpu_seconds_per_image:.1f}",
+                "–" if result.waiting is None else f"{result.waiting:.1%}",
+                f"{result.curve[-1].accuracy:.1%}" if result.curve else "–",
+                "–" if seconds is None else f"{seconds:.0f}",
+                f"{result.images_per_second / fastest:.0%}" if fastest else "–",
+            )
+        )
+    head, *rest = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
+
+
+def draw(results: Sequence[Result], file: Path) -> None:
+    """Accuracy over the seconds, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for result in results:
+        if result.curve:
+            axes.plot([p.seconds for p in result.curve], [100 * p.accuracy for p in result.curve], "o-", label=result.name)
+    axes.set(xlabel="seconds", ylabel="held-out images right, %", title="The training job and torchvision's recipe, same epochs")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Images per second and time to an accuracy of the training job's fit")
+    parser.add_argument("--model", default="mobilenet_v2", help="a torchvision classifier")
+    parser.add_argument("--images", type=int, default=960, help="images to train on, at least 30 batches of 32")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--size", type=int, default=96, help="pixels, width and height of the network's input")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    if options.images < 30 * _BATCH:
+        parser.error(f"an epoch has at least 30 steps, so that fewer than {30 * _BATCH} images would come more often than once")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryDirectory() as scratch:
+        task = Task(folder=scratch, model=options.model, images=options.images, epochs=options.epochs, size=options.size)
+        make_images(Path(scratch), round(options.images * (1 + _HELD_OUT)))
+        alone = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=alone, max_tasks_per_child=1) as one_at_a_time:
+            results = [one_at_a_time.submit(run, task).result() for run in (limit, ours, reference)]
+    title = f"{options.model}, {options.size} × {options.size} pixels, {options.images} images, {options.epochs} epochs"
+    print(f"{title}; {results[0].device}, {os.process_cpu_count()} cores, {platform.machine()}")
+    print(table(results))
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(results)))
+    if options.plot:
+        draw(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
