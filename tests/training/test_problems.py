@@ -25,6 +25,7 @@ from tests.training.opt_ml import OptMl, manifest_rows
 from training_jobs import dataset, network, problem, train
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import STOPPED, TrainingJob
+from training_jobs.phases import Phases
 
 Run = Callable[[OptMl], int]
 NEW: list[ProblemTypeName] = ["multilabel", "detection"]
@@ -284,7 +285,7 @@ def _fitted(
     job = TrainingJob.read(laid_out.folder)
     config = config_of(kind, epochs=2)
     card = train.model_card(job, config)
-    data = dataset.load(job, config, card)
+    data = dataset.load(job, config, card, Phases())
     if not validation:
         nothing = dataset.Examples([row() for _ in data.validation.rows], data.validation.pixels)
         data = dataset.Dataset(data.train, nothing, data.test)
