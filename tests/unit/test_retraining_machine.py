@@ -244,11 +244,11 @@ ACCURACIES = st.sampled_from([0.5, 0.7, 0.9])
 ARCHIVES = st.sampled_from(["sound", "sound", "sound", "another model file", "another job's", "damaged", "missing"])
 SPREADS = st.sampled_from([0.01, 0.3])  # of the difference of two
 PICKS = st.integers(0, 5)
-CALLS = st.one_of(st.just(99), st.integers(0, 12))  # that an invocation does before it is left waiting
+CALLS = st.one_of(st.just(99), st.integers(0, 16))  # that an invocation does before it is left waiting
 FAULTS = st.one_of(
     st.none(),
     st.none(),
-    st.builds(Fault, st.integers(0, 12), st.sampled_from(["dies before", "dies after", "fails before", "fails after"])),
+    st.builds(Fault, st.integers(0, 16), st.sampled_from(["dies before", "dies after", "fails before", "fails after"])),
 )
 
 
@@ -497,6 +497,13 @@ class RetrainingMachine(RuleBasedStateMachine):
     @rule(minutes=st.sampled_from([1, 11, 25 * 60]))
     def wait(self, minutes: int) -> None:
         Clock.moment += timedelta(minutes=minutes)
+
+    @precondition(lambda self: artifacts.index_key(MODEL) in self.bucket.objects)
+    @rule(left=st.integers(0, 40_000))
+    def cut_the_index(self, left: int) -> None:
+        """The index of annotated tasks is damaged, or a person empties it."""
+        kept = self.bucket.objects[artifacts.index_key(MODEL)]
+        self.bucket.put(artifacts.index_key(MODEL), kept[:left])
 
     # What holds
 
