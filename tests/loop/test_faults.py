@@ -145,12 +145,6 @@ def dead_letters(loop: Loop) -> int:
     return sum(int(attributes(loop, f"{queue}DeadLetters")["ApproximateNumberOfMessages"]) for queue in ("IngestQueue", *QUEUES))
 
 
-def signals_seen(loop: Loop) -> int:
-    """How many messages `retrain` has worked off, by its own log."""
-    lines = [line for line in loop.stack.function_log("retrain").splitlines() if '"reconciled"' in line]
-    return sum(int(json.loads(line)["signals"]) for line in lines)
-
-
 # Fast ones
 
 
@@ -359,7 +353,7 @@ def test_two_thousand_webhooks_at_once_during_a_training(
 ) -> None:
     """The front door only queues them; the queue's reader takes ten at a time and looks once for all of them."""
     wait_for(lambda: is_empty(loop, "RetrainQueue"), 60, "the queue is empty")
-    signals, job = signals_seen(loop), start_training(loop)
+    signals, job = loop.signals_seen, start_training(loop)
     annotated, jobs = loop.annotate_more(1), set(loop.job_names())
     access = loop.backend
 
@@ -383,7 +377,7 @@ def test_two_thousand_webhooks_at_once_during_a_training(
     assert verdict(loop, job).version
     loop.verdict_about(annotated)
     wait_for(lambda: is_empty(loop, "RetrainQueue"), 120, "the queue is empty")
-    assert signals_seen(loop) - signals >= BURST, "every webhook was seen"
+    assert loop.signals_seen - signals >= BURST, "every webhook was seen"
     assert len(set(loop.job_names()) - jobs) == 1
     assert dead_letters(loop) == 0
     assert figures["p99_ms"] < 200
