@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +128,12 @@ class Loop:
             return all([one["model_version"] for one in task.predictions] == wanted for task in waiting)
 
         wait_for(all_of_them, 180, f"every unlabelled task is predicted by version {version}, once")
+
+    @property
+    def signals_seen(self) -> int:
+        """How many messages `retrain` has worked off, by its own log."""
+        lines = [line for line in self.stack.function_log("retrain").splitlines() if '"reconciled"' in line]
+        return sum(int(json.loads(line)["signals"]) for line in lines)
 
     def job_names(self) -> list[str]:
         return [training.job.job_name for training in self.deployment.ledger.trainings(self.model)]

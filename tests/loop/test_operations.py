@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cli.deployment import BackendAccess
 from cli.main import app
 from labelloop.records import Promotion
-from tests.laptop import Loop, wait_for
+from tests.laptop import Loop, wait_for, wait_until_idle
 
 
 def test_a_password_changes_while_label_studio_goes_on(loop: Loop, first_version: Promotion) -> None:
@@ -75,8 +75,9 @@ def test_an_erased_image_is_nowhere_and_its_versions_are_named(loop: Loop, first
 
 
 def test_dead_letters_go_back_and_are_worked_off(loop: Loop) -> None:
+    wait_until_idle(loop, "RetrainQueue")
     sqs: Any = boto3.client("sqs")
-    dead = loop.deployment.outputs["RetrainQueueDeadLetters"]
+    dead, seen = loop.deployment.outputs["RetrainQueueDeadLetters"], loop.signals_seen
     sqs.send_message(QueueUrl=dead, MessageBody=json.dumps({"model": "digits", "action": "SCHEDULE"}))
     listed = _labelloop(loop, "redrive", "--list")["queues"]
     assert {queue["queue"]: len(queue["messages"]) for queue in listed if queue["messages"]} == {"retrain": 1}
@@ -89,7 +90,8 @@ def test_dead_letters_go_back_and_are_worked_off(loop: Loop) -> None:
         counts = [sqs.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"] for url in urls]
         return sum(int(count) for one in counts for count in one.values())
 
-    wait_for(lambda: left() == 0, 60, "the function has worked it off")
+    wait_for(lambda: left() == 0, 60, "it lies in neither queue")
+    wait_for(lambda: loop.signals_seen > seen, 60, "the function has worked it off")
 
 
 def _here(loop: Loop) -> list[str]:
