@@ -19,6 +19,7 @@ from labelloop.errors import ModelError
 from labelloop.records import ModelCard, Region
 
 CARD_KEY = "labelloop"
+_CAPACITY = 200 * 2**20  # bytes of model files; a loaded model takes about twice its file's
 EMBEDDING = "embedding"  # the last of the ONNX file's outputs
 
 type Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -35,6 +36,7 @@ class Model:
     """A model file, ready to run. Raises `ModelError` when it is no ONNX file of labelloop's, or an older labelloop's."""
 
     def __init__(self, onnx: bytes) -> None:
+        self.file_size = len(onnx)  # bytes
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
@@ -62,9 +64,15 @@ class Model:
 
     def pixels(self, data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Decode an image file to what the model takes: uint8, [height, width, channels]. Raises `ImageError`."""
+        return self.decode(data)[0]
+
+    def decode(self, data: bytes) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], tuple[int, int]]:
+        """The pixels, and the image's width and height as a person sees it. Raises `ImageError`."""
         card = self.card
-        image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
-        return np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, -1)
+        image, size = imaging.decode_sized(
+            data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling
+        )
+        return np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, -1), size
 
     def run(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Floats]:
         """Run a batch [N, height, width, channels]: the outputs in the problem type's order. Raises `ModelError`.
@@ -94,9 +102,12 @@ class Model:
 
 
 class ModelCache:
-    """The most recently used models, by SHA-256; kept over invocations of a function."""
+    """The most recently used models, by SHA-256, up to a sum of their files' sizes; kept over invocations of a function.
 
-    def __init__(self, capacity: int = 4) -> None:
+    The one used last stays, whatever its size.
+    """
+
+    def __init__(self, capacity: int = _CAPACITY) -> None:
         self._capacity = capacity
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._lock = Lock()
@@ -111,5 +122,5 @@ class ModelCache:
         with self._lock:
             self._models[sha256] = model
             self._models.move_to_end(sha256)
-            while len(self._models) > self._capacity:
+            while len(self._models) > 1 and sum(kept.file_size for kept in self._models.values()) > self._capacity:
                 self._models.popitem(last=False)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from threading import BoundedSemaphore, Condition
+from threading import BoundedSemaphore, Condition, Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -83,6 +83,8 @@ class TaskPredictor:
         self._configs, self._images, self._champions, self._connect = configs, images, champions, connect
         self._label_studio_host = urlsplit(label_studio_url).netloc
         self._room = _Room(_ROOM)
+        self._cores = BoundedSemaphore(os.process_cpu_count() or 1)
+        self._loading = Lock()
         _return_memory_at_once()
 
     def predict(self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None) -> list[Predicted | LabelloopError]:
@@ -94,27 +96,20 @@ class TaskPredictor:
             return []
         onnx, folder = self._load(champion), self._configs[champion.model]
         _ = folder.label_config  # read before there are threads: msgspec crashes where two meet a type for the first time
-        cores = BoundedSemaphore(os.cpu_count() or 1)
-
-        def examine(task: PredictTask, limit: int) -> Predicted:
-            data = self._fetch(folder, task, limit)
-            with cores:
-                return _examine(onnx, folder, task, data, context)
 
         def answer(task: PredictTask) -> Predicted | LabelloopError:
             try:
-                try:
-                    return examine(task, _USUAL_BYTES)
-                except TooLargeError as error:
-                    size = error.size
-                with self._room.take(min(size, imaging.MAX_BYTES)):
-                    return examine(task, imaging.MAX_BYTES)
+                with self._room.loan() as take:
+                    data = self._fetch(folder, task, take)
+                    with self._cores:
+                        return _examine(onnx, folder, task, data, context)
             except LabelloopError as error:
                 error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the image
                 return error
 
-        with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
-            return list(pool.map(answer, tasks))
+        if len(tasks) == 1:
+            return [answer(tasks[0])]
+        return list(self._threads.map(answer, tasks))
 
     def folder(self, champion: Champion) -> ModelFolder:
         return self._configs[champion.model]
@@ -122,14 +117,15 @@ class TaskPredictor:
     def card(self, champion: Champion) -> ModelCard:
         return self._load(champion).card
 
-    def _fetch(self, folder: ModelFolder, task: PredictTask, limit: int) -> bytes:
+    def _fetch(self, folder: ModelFolder, task: PredictTask, take: Callable[[int], None]) -> bytes:
         """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else.
 
-        Label Studio is always asked at its configured address, whatever the scheme in the task's.
+        Label Studio is always asked at its configured address, whatever the scheme in the task's. `take` is told the file's
+        size before more than `_USUAL_BYTES` of it are read.
         """
         address = image_address(task.data, folder.label_config.data_key)
         if address.startswith("s3://"):
-            return self._fetch_from_bucket(folder.config.images_prefix, address, limit)
+            return self._fetch_from_bucket(folder.config.images_prefix, address, take)
         try:
             parts = urlsplit(address)
         except ValueError as error:
@@ -138,14 +134,18 @@ class TaskPredictor:
         if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path, parts.query):
             path = parts.path + (f"?{parts.query}" if parts.query else "")
             try:
-                return self._label_studio.download(path, limit=limit)
+                try:
+                    return self._label_studio.download(path, limit=_USUAL_BYTES)
+                except TooLargeError as error:
+                    take(error.size)
+                return self._label_studio.download(path, limit=imaging.MAX_BYTES)
             except LabelStudioError as error:
                 missing = error.status is not None and error.status < 500
                 kind = ImageError if missing else LabelStudioError
                 raise kind(f"{_shown(address)} cannot be fetched: {error}") from error
         raise ImageError(f"{_shown(address)} is neither in the model's images nor an upload of Label Studio")
 
-    def _fetch_from_bucket(self, prefix: str, address: str, limit: int) -> bytes:
+    def _fetch_from_bucket(self, prefix: str, address: str, take: Callable[[int], None]) -> bytes:
         try:
             bucket, key = parse_s3_uri(address)
         except ValueError as error:
@@ -155,7 +155,7 @@ class TaskPredictor:
         if len(key.encode()) > _LONGEST_KEY:
             raise ImageError(f"{_shown(address)} does not exist")
         try:
-            data = self._images.get(key, limit=limit)
+            data = self._images.get(key, limit=imaging.MAX_BYTES, admit=take)
         except StorageError as error:
             raise StorageError(f"{_shown(address)} cannot be fetched: {error}") from error
         if data is None:
@@ -167,6 +167,10 @@ class TaskPredictor:
         return self._connect()
 
     @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(FETCH_THREADS)  # kept: making them anew would cost a request milliseconds
+
+    @cached_property
     def _models(self) -> ModelCache:
         from labelloop.inference import ModelCache  # onnxruntime and numpy: not needed to answer setup
 
@@ -175,12 +179,13 @@ class TaskPredictor:
     def _load(self, champion: Champion) -> Model:
         from labelloop.inference import Model
 
-        model = self._models.get(champion.sha256)
-        if model is None:
-            model = Model(self._champions.onnx(champion))
-            if model.card.model != champion.model:
-                raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
-            self._models.put(champion.sha256, model)
+        with self._loading:
+            model = self._models.get(champion.sha256)
+            if model is None:
+                model = Model(self._champions.onnx(champion))
+                if model.card.model != champion.model:
+                    raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
+                self._models.put(champion.sha256, model)
         return model
 
 
@@ -243,33 +248,46 @@ def _return_memory_at_once() -> None:
 
 
 class _Room:
-    """Memory that is lent. Nobody may ask for more than there is."""
+    """Memory for files that are larger than usual."""
 
     def __init__(self, size: int) -> None:
-        self._free, self._changed = size, Condition()
+        self._size = self._free = size
+        self._changed = Condition()
 
     @contextmanager
-    def take(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-        try:
-            yield
-        finally:
+    def loan(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that waits for room for a file of so many bytes, to be called once; it is given back at the end."""
+        lent = 0
+
+        def take(size: int) -> None:
+            nonlocal lent
+            if size <= _USUAL_BYTES:
+                return
+            needed = min(size, self._size)
             with self._changed:
-                self._free += size
-                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._free >= needed)
+                self._free -= needed
+            lent = needed
+
+        try:
+            yield take
+        finally:
+            if lent:
+                with self._changed:
+                    self._free += lent
+                    self._changed.notify_all()
 
 
 def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, context: Any) -> Predicted:
     problem_type = problem_types.of(onnx.card.problem_type)
-    candidates, embedding = onnx.examine(onnx.pixels(data))
+    pixels, size = onnx.decode(data)
+    candidates, embedding = onnx.examine(pixels)
     regions = problem_type.prompted(context, candidates) if context else None
     if regions is not None:  # the tool may name any class
         regions = [region for region in regions if region.label in onnx.card.classes]
     else:
         regions = problem_type.chosen(candidates, onnx.card)
-    result = problem_type.result(regions, folder.label_config, imaging.upright_size(data))
+    result = problem_type.result(regions, folder.label_config, size)
     certainty = problem_type.certainty(candidates, onnx.card)
     group = task.group or hashlib.sha256(data).hexdigest()
     return Predicted(regions, result, certainty, active_learning.place(folder.config, onnx.card, group, certainty, embedding))
