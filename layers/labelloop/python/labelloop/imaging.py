@@ -38,6 +38,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _REDUCING_GAP = 1.5  # a picture this often too large is first averaged over whole blocks of pixels: half of resizing's time
+_BLOCK = 8 * 2**20  # bytes that decoders are handed at a time; a file below that is not copied for them
 _SMALL = 16_000_000  # bytes; several images of that are decoded at once, of the others one
 _LARGE_ONES = Lock()
 
@@ -136,6 +137,7 @@ def _open(data: bytes, mode: Mode, least: tuple[int, int]) -> _Opened:
         raise ImageError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
     except Exception as error:
         raise ImageError(f"cannot be read: {_said(error)}") from error
+    image.decodermaxblock = _BLOCK
     width, height = image.size
     _check_size(width, height)
     if isinstance(image, JpegImageFile):

@@ -48,8 +48,9 @@ MAX_BODY = 6 * 2**20  # bytes; Lambda takes no larger request
 MAX_TASKS = 5_000  # of a request; their answers have to fit Lambda's, of 6 MB as well
 _USUAL_BYTES = 2 * 2**20  # of an image's file; that many a thread are always there, larger ones wait for room
 _ROOM = imaging.MAX_BYTES  # for any file that is read
-_MMAP_THRESHOLD = -3  # as glibc's malloc.h has it
-_KEPT_BLOCK = 4 * 2**20  # bytes
+# As glibc's malloc.h has them: blocks from so many bytes on go back to the system when they are freed, and so does what is
+# free at the end of a heap beyond that; so many heaps there are for all threads.
+_MALLOC = {"M_MMAP_THRESHOLD": (-3, 8 * 2**20), "M_TRIM_THRESHOLD": (-1, 16 * 2**20), "M_ARENA_MAX": (-8, 2)}
 _SHOWN = 100  # characters of an address in an error
 _LONGEST_KEY = 1024  # bytes, in S3
 _SEPARATOR = re.compile(r"[/\\?&=]")
@@ -85,7 +86,7 @@ class TaskPredictor:
         self._room = _Room(_ROOM)
         self._cores = BoundedSemaphore(os.process_cpu_count() or 1)
         self._loading = Lock()
-        _return_memory_at_once()
+        _bound_kept_memory()
 
     def predict(self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None) -> list[Predicted | LabelloopError]:
         """What the version says of each task, or why it says nothing of that one. Raises `ModelError`, `StorageError`.
@@ -240,11 +241,15 @@ class Predictor:
         return champion
 
 
-def _return_memory_at_once() -> None:
-    """Have large blocks go back to the system when they are freed; glibc keeps those of a few MB, for each thread."""
+def _bound_kept_memory() -> None:
+    """Have memory for a few photographs kept, and no more; glibc would keep some for each thread.
+
+    With none kept, the system's zeroing of new pages costs a photograph of 4 MB as much as fetching it.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS has none
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK)
+        for parameter, value in _MALLOC.values():
+            mallopt(parameter, value)
 
 
 class _Room:
