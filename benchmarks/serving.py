@@ -359,7 +359,7 @@ def pinned(command: list[str]) -> list[str]:
 def store_of(folder: Path) -> Iterator[int]:
     """The images and artifacts; its port."""
     port = processes.free_port()
-    command = [sys.executable, REPOSITORY / "benchmarks" / "serving_front.py", "store", str(port), folder]
+    command: list[str | Path] = [sys.executable, REPOSITORY / "benchmarks" / "serving_front.py", "store", str(port), folder]
     started = processes.start("store", command, log=folder / "store.log", environment=clean_environment(), folder=folder)
     try:
         processes.wait_until_ready(started, lambda: processes.answers(f"http://{LOOPBACK}:{port}/health"), limit_s=30)
