@@ -27,6 +27,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -680,6 +681,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw tasks a second to this file")
     parser.add_argument("--peer-source", type=Path, help="a checkout of label-studio-ml-backend instead of the release")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
     source = options.peer_source.resolve() if options.peer_source else None
     figures = run(
         options.rounds or (2 if options.quick else 5), quick=options.quick, source=source, oversampling=options.oversampling
