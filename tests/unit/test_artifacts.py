@@ -93,6 +93,16 @@ def test_an_object_too_large_to_hold_is_not_read(bucket: Bucket, monkeypatch: py
     assert caught.value.size == 11
 
 
+@pytest.mark.parametrize("patience", [60.0, -1.0])
+def test_a_reader_may_wait_before_the_content_comes(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+    """Whether S3 still holds the answer or has to be asked again."""
+    monkeypatch.setattr(artifacts, "_PATIENCE_S", patience)
+    content, told = bytes(range(256)) * 20_000, list[int]()
+    bucket.put("large", content)
+    assert bucket.get("large", admit=told.append) == content
+    assert told == [len(content)]
+
+
 def test_storage_that_does_not_answer_is_a_storage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     dead = Bucket("nowhere")

@@ -191,13 +191,25 @@ def test_a_jpeg_is_decoded_at_no_less_than_what_was_asked_for() -> None:
     data = encoded(photograph((640, 480)), "JPEG", quality=90)
     found = imaging.decode(data, width=96, height=64, mode="RGB", oversampling=8)
     with Image.open(io.BytesIO(data)) as image:
-        assert found.tobytes() == image.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR).tobytes()
+        full = image.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR, reducing_gap=1.5)
+    assert found.tobytes() == full.tobytes()
 
 
 def test_decoding_the_same_file_twice_gives_the_same_pixels() -> None:
     data = encoded(photograph((640, 480)), "JPEG")
     first, second = (imaging.decode(data, width=32, height=32, mode="RGB").tobytes() for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_that_comes_with_the_pixels_is_the_upright_one(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(quarters((640, 480)), image_format, exif=exif)
+    image, size = imaging.decode_sized(data, width=32, height=16, mode="RGB", oversampling=2.0)
+    assert size == imaging.upright_size(data) == ((480, 640) if orientation == 6 else (640, 480))
+    assert image.size == (32, 16)
 
 
 def test_a_photograph_with_a_second_picture_inside_is_a_jpeg() -> None:
@@ -356,6 +368,13 @@ def test_what_would_take_long_is_refused(data: bytes, message: str) -> None:
         imaging.inspect(data)
     with pytest.raises(ImageError, match=message):
         imaging.decode(data, width=16, height=16, mode="RGB")
+
+
+def test_a_picture_that_is_whole_after_its_first_scan_has_no_others_read() -> None:
+    """Each of them would cost what the picture costs; so they need no counting."""
+    scan = SMALL_JPEG[SMALL_JPEG.index(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="broken"):
+        imaging.decode(SMALL_JPEG[:-2] + scan * 200 + b"\xff\xd9", width=16, height=16, mode="RGB")
 
 
 def test_scans_hidden_behind_a_false_end_are_counted() -> None:

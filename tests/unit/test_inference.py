@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from labelloop.errors import ImageError, ModelError
-from labelloop.inference import Model, ModelCache
+from labelloop.inference import Model
+from labelloop.model_cache import ModelCache
 from labelloop.records import ModelCard
 from tests.examples import DIGITS, brightness_model, grey, model_card, png, quadrant_model
 
@@ -108,10 +109,31 @@ def test_pixels_of_another_shape_are_a_model_error(model: Model) -> None:
         model.run(np.zeros((1, 8, 8, 1), dtype=np.uint8))
 
 
+def padded(size: int) -> bytes:
+    """A model's file with so many bytes more."""
+    file = onnx.load_model_from_string(brightness_model())
+    file.doc_string = "x" * size
+    return bytes(file.SerializeToString())
+
+
 def test_the_cache_keeps_what_was_used_last(model: Model) -> None:
-    cache = ModelCache(capacity=2)
+    cache = ModelCache(capacity=2 * model.file_size)
     cache.put("a", model)
     cache.put("b", model)
     assert cache.get("a") is model
     cache.put("c", model)
     assert (cache.get("a"), cache.get("b"), cache.get("c")) == (model, None, model)
+
+
+def test_the_cache_is_bounded_by_what_model_files_weigh(model: Model) -> None:
+    """A large one takes the place of several small ones, and stays even when it is larger than all there is."""
+    large = Model(padded(5 * model.file_size))
+    cache = ModelCache(capacity=5 * model.file_size)
+    for name in "abcde":
+        cache.put(name, model)
+    assert all(cache.get(name) is model for name in "abcde")
+    cache.put("large", large)
+    assert cache.get("large") is large
+    assert not any(cache.get(name) for name in "abcde")
+    cache.put("a", model)
+    assert (cache.get("large"), cache.get("a")) == (None, model)

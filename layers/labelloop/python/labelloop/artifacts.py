@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +35,7 @@ _RETRIES: RetryConfig = {  # each wait is drawn at random; none begins later tha
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
     "retry_timeout": timedelta(seconds=30),
 }
+_PATIENCE_S = 5.0  # that S3 has for a reader who pauses; whoever pauses longer asks again
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # ValueError: a key that it does not take; FileNotFoundError: where it writes there is no such bucket.
 _OBSTORE_ERRORS = (obstore.exceptions.BaseError, ValueError, FileNotFoundError)
@@ -117,20 +120,30 @@ class Bucket:
             **local,
         )
 
-    def get(self, key: str, *, limit: int | None = None) -> bytes | None:
-        """The object's content, or None when there is no such object. Raises `TooLargeError` above `limit` bytes."""
-        found = self.get_tagged(key, limit=limit)
+    def get(self, key: str, *, limit: int | None = None, admit: Callable[[int], None] | None = None) -> bytes | None:
+        """The object's content, or None when there is no such object. Raises `TooLargeError` above `limit` bytes.
+
+        `admit` is told the size before the content is read, and may wait until there is room for it.
+        """
+        found = self.get_tagged(key, limit=limit, admit=admit)
         return found[0] if found else None
 
-    def get_tagged(self, key: str, *, limit: int | None = None) -> tuple[bytes, str | None] | None:
-        """Content and entity tag, or None when there is no such object. Raises `TooLargeError` above `limit` bytes."""
+    def get_tagged(
+        self, key: str, *, limit: int | None = None, admit: Callable[[int], None] | None = None
+    ) -> tuple[bytes, str | None] | None:
+        """As `get`, with the entity tag."""
         try:
             answer = obstore.get(self._store, key)
-            size = answer.meta["size"]
+            size, tag = answer.meta["size"], answer.meta["e_tag"]
             most = limit or _MAX_OBJECT_BYTES
             if size > most:
                 raise TooLargeError(f"s3://{self.name}/{key} has {size:,} bytes; at most {most:,} are read", size)
-            return bytes(answer.bytes()), answer.meta["e_tag"]
+            if admit is not None:
+                asked = time.monotonic()
+                admit(size)
+                if time.monotonic() - asked > _PATIENCE_S:
+                    answer = obstore.get(self._store, key, options={"if_match": tag})
+            return bytes(answer.bytes()), tag
         except (NotFoundError, FileNotFoundError):
             return None
         except _OBSTORE_ERRORS as error:

@@ -86,9 +86,10 @@ def _check_jpeg(data: bytes) -> int:
             continue
         length = int.from_bytes(data[place : place + 2])
         if code == _SCAN:
+            if code_of_frame not in _PROGRESSIVE and data[place + 2] >= frame[5]:
+                return 0  # all is in the first scan, and libjpeg reads no other
             _check_scans(data, place + length)
-            several = code_of_frame in _PROGRESSIVE or data[place + 2] < frame[5]
-            return _coefficients(frame) if several else 0
+            return _coefficients(frame)
         if code in _FRAMES:
             code_of_frame, frame = code, data[place + 2 : place + length]
         elif code == _EXIF_SEGMENT and data.startswith(b"Exif\0\0", place + 2):

@@ -6,8 +6,6 @@ image, two threads inside a run 1.19 times the CPU (see docs/benchmarks.md).
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from threading import Lock
 from typing import Any, NamedTuple
 
 import msgspec
@@ -35,6 +33,7 @@ class Model:
     """A model file, ready to run. Raises `ModelError` when it is no ONNX file of labelloop's, or an older labelloop's."""
 
     def __init__(self, onnx: bytes) -> None:
+        self.file_size = len(onnx)  # bytes
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
@@ -62,9 +61,15 @@ class Model:
 
     def pixels(self, data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Decode an image file to what the model takes: uint8, [height, width, channels]. Raises `ImageError`."""
+        return self.decode(data)[0]
+
+    def decode(self, data: bytes) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], tuple[int, int]]:
+        """The pixels, and the image's width and height as a person sees it. Raises `ImageError`."""
         card = self.card
-        image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
-        return np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, -1)
+        image, size = imaging.decode_sized(
+            data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling
+        )
+        return np.asarray(image, dtype=np.uint8).reshape(card.height, card.width, -1), size
 
     def run(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Floats]:
         """Run a batch [N, height, width, channels]: the outputs in the problem type's order. Raises `ModelError`.
@@ -91,25 +96,3 @@ class Model:
         """Candidates and embedding of one image [height, width, channels], from one run. Raises `ModelError`."""
         *outputs, embedding = (output[0] for output in self.run_whole(pixels[np.newaxis]))
         return Examined(self._type.candidates(outputs, self.card), embedding)
-
-
-class ModelCache:
-    """The most recently used models, by SHA-256; kept over invocations of a function."""
-
-    def __init__(self, capacity: int = 4) -> None:
-        self._capacity = capacity
-        self._models: OrderedDict[str, Model] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, sha256: str) -> Model | None:
-        with self._lock:
-            if sha256 in self._models:
-                self._models.move_to_end(sha256)
-            return self._models.get(sha256)
-
-    def put(self, sha256: str, model: Model) -> None:
-        with self._lock:
-            self._models[sha256] = model
-            self._models.move_to_end(sha256)
-            while len(self._models) > self._capacity:
-                self._models.popitem(last=False)

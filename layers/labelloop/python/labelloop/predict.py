@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from threading import BoundedSemaphore, Condition
+from threading import BoundedSemaphore, Condition, Lock
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -49,11 +49,12 @@ from labelloop.label_studio.payloads import (
     SetupRequest,
     image_address,
 )
+from labelloop.model_cache import ModelCache
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import Champion, ModelCard, Region, version_string
 
 if TYPE_CHECKING:
-    from labelloop.inference import Model, ModelCache
+    from labelloop.inference import Model
     from labelloop.label_studio.client import LabelStudioClient
 
 POINTER_SECONDS = 3.0
@@ -67,8 +68,9 @@ _TO_ANSWER = 5.0  # seconds to queue what is late and to answer; a cold start be
 _LAST_IMAGE = 2.0  # seconds before that, in which an image that was begun is finished
 _USUAL_BYTES = 2 * 2**20  # of an image's file; that many a thread are always there, larger ones wait for room
 _ROOM = imaging.MAX_BYTES  # for any file that is read
-_MMAP_THRESHOLD = -3  # as glibc's malloc.h has it
-_KEPT_BLOCK = 4 * 2**20  # bytes
+# As glibc's malloc.h has them: blocks from so many bytes on go back to the system when they are freed, and so does what is
+# free at the end of a heap beyond that; so many heaps there are for all threads.
+_MALLOC = {"M_MMAP_THRESHOLD": (-3, 8 * 2**20), "M_TRIM_THRESHOLD": (-1, 16 * 2**20), "M_ARENA_MAX": (-8, 2)}
 _SHOWN = 100  # characters of an address in an error
 _LONGEST_KEY = 1024  # bytes, in S3
 _SEPARATOR = re.compile(r"[/\\?&=]")
@@ -102,7 +104,9 @@ class TaskPredictor:
         self._configs, self._images, self._champions, self._connect = configs, images, champions, connect
         self._label_studio_host = urlsplit(label_studio_url).netloc
         self._room = _Room(_ROOM)
-        _return_memory_at_once()
+        self._cores = BoundedSemaphore(os.process_cpu_count() or 1)
+        self._loading, self._models = Lock(), ModelCache()
+        _bound_kept_memory()
 
     def predict(
         self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None, *, until: float = math.inf
@@ -114,31 +118,26 @@ class TaskPredictor:
         """
         if not tasks:
             return []
-        onnx, folder = self._load(champion), self._configs[champion.model]
+        folder = self._configs[champion.model]
         _ = folder.label_config  # read before there are threads: msgspec crashes where two meet a type for the first time
-        cores = BoundedSemaphore(os.cpu_count() or 1)
-
-        def examine(task: PredictTask, limit: int) -> Predicted:
-            _be_in_time(until)
-            data = self._fetch(folder, task, limit)
-            with cores:
-                _be_in_time(until)
-                return _examine(onnx, folder, task, data, context)
+        loading = self._threads.submit(self._load, champion)  # in a cold start images are fetched meanwhile
 
         def answer(task: PredictTask) -> Predicted | LabelloopError:
             try:
-                try:
-                    return examine(task, _USUAL_BYTES)
-                except TooLargeError as error:
-                    size = error.size
-                with self._room.take(min(size, imaging.MAX_BYTES)):
-                    return examine(task, imaging.MAX_BYTES)
+                _be_in_time(until)
+                with self._room.loan() as take:
+                    data = self._fetch(folder, task, take)
+                    onnx = loading.result()
+                    with self._cores:
+                        _be_in_time(until)
+                        return _examine(onnx, folder, task, data, context)
             except LabelloopError as error:
                 error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold the image
                 return error
 
-        with ThreadPoolExecutor(min(FETCH_THREADS, len(tasks))) as pool:
-            return list(pool.map(answer, tasks))
+        answers = [answer(tasks[0])] if len(tasks) == 1 else list(self._threads.map(answer, tasks))
+        loading.result()
+        return answers
 
     def folder(self, champion: Champion) -> ModelFolder:
         return self._configs[champion.model]
@@ -146,14 +145,15 @@ class TaskPredictor:
     def card(self, champion: Champion) -> ModelCard:
         return self._load(champion).card
 
-    def _fetch(self, folder: ModelFolder, task: PredictTask, limit: int) -> bytes:
+    def _fetch(self, folder: ModelFolder, task: PredictTask, take: Callable[[int], None]) -> bytes:
         """The task's image: from the model's own prefix of the images bucket, or from the stage's Label Studio; nowhere else.
 
-        Label Studio is always asked at its configured address, whatever the scheme in the task's.
+        Label Studio is always asked at its configured address, whatever the scheme in the task's. `take` is told the file's
+        size before more than `_USUAL_BYTES` of it are read.
         """
         address = image_address(task.data, folder.label_config.data_key)
         if address.startswith("s3://"):
-            return self._fetch_from_bucket(folder.config.images_prefix, address, limit)
+            return self._fetch_from_bucket(folder.config.images_prefix, address, take)
         try:
             parts = urlsplit(address)
         except ValueError as error:
@@ -162,14 +162,18 @@ class TaskPredictor:
         if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path, parts.query):
             path = parts.path + (f"?{parts.query}" if parts.query else "")
             try:
-                return self._label_studio.download(path, limit=limit)
+                try:
+                    return self._label_studio.download(path, limit=_USUAL_BYTES)
+                except TooLargeError as error:
+                    take(error.size)
+                return self._label_studio.download(path, limit=imaging.MAX_BYTES)
             except LabelStudioError as error:
                 missing = error.status is not None and error.status < 500
                 kind = ImageError if missing else LabelStudioError
                 raise kind(f"{_shown(address)} cannot be fetched: {error}") from error
         raise ImageError(f"{_shown(address)} is neither in the model's images nor an upload of Label Studio")
 
-    def _fetch_from_bucket(self, prefix: str, address: str, limit: int) -> bytes:
+    def _fetch_from_bucket(self, prefix: str, address: str, take: Callable[[int], None]) -> bytes:
         try:
             bucket, key = parse_s3_uri(address)
         except ValueError as error:
@@ -179,7 +183,7 @@ class TaskPredictor:
         if len(key.encode()) > _LONGEST_KEY:
             raise ImageError(f"{_shown(address)} does not exist")
         try:
-            data = self._images.get(key, limit=limit)
+            data = self._images.get(key, limit=imaging.MAX_BYTES, admit=take)
         except StorageError as error:
             raise StorageError(f"{_shown(address)} cannot be fetched: {error}") from error
         if data is None:
@@ -191,20 +195,21 @@ class TaskPredictor:
         return self._connect()
 
     @cached_property
-    def _models(self) -> ModelCache:
-        from labelloop.inference import ModelCache  # onnxruntime and numpy: not needed to answer setup
-
-        return ModelCache()
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(FETCH_THREADS)  # kept: making them anew would cost a request milliseconds
 
     def _load(self, champion: Champion) -> Model:
-        from labelloop.inference import Model
+        with self._loading:
+            model = self._models.get(champion.sha256)
+            if model is None:
+                with ThreadPoolExecutor(1) as reader:
+                    content = reader.submit(self._champions.onnx, champion)
+                    from labelloop.inference import Model  # onnxruntime and numpy: setup needs none, and S3 is read meanwhile
 
-        model = self._models.get(champion.sha256)
-        if model is None:
-            model = Model(self._champions.onnx(champion))
-            if model.card.model != champion.model:
-                raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
-            self._models.put(champion.sha256, model)
+                    model = Model(content.result())
+                if model.card.model != champion.model:
+                    raise ModelError(f"{champion.onnx} is a model of {model.card.model}, not of {champion.model}")
+                self._models.put(champion.sha256, model)
         return model
 
 
@@ -335,41 +340,58 @@ class Predictor:
         return champion
 
 
-def _return_memory_at_once() -> None:
-    """Have large blocks go back to the system when they are freed; glibc keeps those of a few MB, for each thread."""
+def _bound_kept_memory() -> None:
+    """Have memory for a few photographs kept, and no more; glibc would keep some for each thread.
+
+    With none kept, the system's zeroing of new pages costs a photograph of 4 MB as much as fetching it.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS has none
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK)
+        for parameter, value in _MALLOC.values():
+            mallopt(parameter, value)
 
 
 class _Room:
-    """Memory that is lent. Nobody may ask for more than there is."""
+    """Memory for files that are larger than usual."""
 
     def __init__(self, size: int) -> None:
-        self._free, self._changed = size, Condition()
+        self._size = self._free = size
+        self._changed = Condition()
 
     @contextmanager
-    def take(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-        try:
-            yield
-        finally:
+    def loan(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that waits for room for a file of so many bytes, to be called once; it is given back at the end."""
+        lent = 0
+
+        def take(size: int) -> None:
+            nonlocal lent
+            if size <= _USUAL_BYTES:
+                return
+            needed = min(size, self._size)
             with self._changed:
-                self._free += size
-                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._free >= needed)
+                self._free -= needed
+            lent = needed
+
+        try:
+            yield take
+        finally:
+            if lent:
+                with self._changed:
+                    self._free += lent
+                    self._changed.notify_all()
 
 
 def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, context: Any) -> Predicted:
     problem_type = problem_types.of(onnx.card.problem_type)
-    candidates, embedding = onnx.examine(onnx.pixels(data))
+    pixels, size = onnx.decode(data)
+    candidates, embedding = onnx.examine(pixels)
     regions = problem_type.prompted(context, candidates) if context else None
     if regions is not None:  # the tool may name any class
         regions = [region for region in regions if region.label in onnx.card.classes]
     else:
         regions = problem_type.chosen(candidates, onnx.card)
-    result = problem_type.result(regions, folder.label_config, imaging.upright_size(data))
+    result = problem_type.result(regions, folder.label_config, size)
     certainty = problem_type.certainty(candidates, onnx.card)
     group = task.group or hashlib.sha256(data).hexdigest()
     return Predicted(regions, result, certainty, active_learning.place(folder.config, onnx.card, group, certainty, embedding))

@@ -1,0 +1,56 @@
+"""What benchmarks/serving.py reckons; the servers themselves are not started here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import serving, serving_front
+from benchmarks.serving import OURS, Contestant, Figures, Round, Scenario
+from labelloop.records import Region
+
+
+def contestant(name: str) -> Contestant:
+    process: Any = SimpleNamespace()
+    return Contestant(name, 1, process)
+
+
+def test_ratios_are_reckoned_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a machine that is slow for a while changes none of them."""
+    monkeypatch.setattr(serving, "peak_mb", lambda _: 100.0)
+    scenario = Scenario("classification", "small", 32, 1, 25, 1)
+    ours, peer = contestant(OURS), contestant("peer")
+    ours.rounds[scenario] = [Round([100.0], 320.0, 12.0), Round([1_000.0], 32.0, 13.0), Round([110.0], 300.0, 12.5)]
+    peer.rounds[scenario] = [Round([1_000.0], 32.0, 24.0), Round([10_000.0], 3.2, 26.0), Round([1_100.0], 30.0, 25.0)]
+    for one in (ours, peer):
+        one.same, one.differences = [True, False], [1e-4, 2e-4]
+    figures = Figures(limits={"classification, small": [10.0]})
+    serving.summarise([ours, peer], [scenario], figures)
+    row = next(row for row in figures.rows if row["contestant"] == "peer")
+    assert (row["ours_faster"], row["ours_sooner"], row["ours_cpu_less"], row["cpu_of_limit"]) == (10, 10, 2, 2.5)
+    assert "| peer, classification | 100 | 50% | 2.0e-04 |" in serving.table(figures)
+
+
+def test_a_prediction_is_compared_box_by_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"x": 10, "y": 20, "width": 30, "height": 40, "rectanglelabels": ["1"]}
+    results = [{"result": [{"value": value, "score": 0.5}]}, {"result": []}]
+    monkeypatch.setattr(serving.Client, "ask", lambda *_: (1.0, results))
+    one = contestant("peer")
+    said = [[Region(label="1", box=(0.1, 0.2, 0.41, 0.6), score=0.5)], [Region(label="2", box=(0, 0, 1, 1), score=0.9)]]
+    serving.compare(one, Scenario("detection", "small", 1, 1, 0, 1), 1, said)
+    assert one.same == [True, False]
+    assert one.differences == [pytest.approx(0.01)]
+
+
+def test_the_store_answers_every_new_address_of_an_image(tmp_path: Path) -> None:
+    (tmp_path / "small3.jpg").write_bytes(b"jpeg")
+    (tmp_path / "champions").mkdir()
+    (tmp_path / "champions" / "m.json").write_bytes(b"{}")
+    for path, body in {"/images/images/m/small3-abc.jpg": b"jpeg", "/artifacts/champions/m.json": b"{}"}.items():
+        head, content = serving_front.answer_to(tmp_path, path)
+        assert content == body
+        assert head.startswith(b"HTTP/1.1 200")
+    assert serving_front.answer_to(tmp_path, "/images/images/m/none-abc.jpg")[0].startswith(b"HTTP/1.1 404")
