@@ -111,7 +111,7 @@ def diff() -> int:
 
 def deploy() -> int:
     """Deploy every stack of the stage."""
-    code, said = run([*cdk("deploy"), "--require-approval", "never", "--progress", "events"], signed_in("deploy"))
+    code, said = run([*cdk("deploy"), "--all", "--require-approval", "never", "--progress", "events"], signed_in("deploy"))
     title = f"The stage {stage()} " + ("is deployed" if code == 0 else "is not deployed")
     publish(f"### {title}\n\n<details><summary>log</summary>\n\n{fenced(said)}\n\n</details>")
     return code
@@ -217,7 +217,7 @@ def cdk(command: str) -> list[str]:
         raise Refusal(f"LABELLOOP_CONTEXT: {wrong[0]!r} is not NAME=VALUE")
     words = [word for one in context for word in ("--context", one)]
     output = ["--output", str(WORK / "cdk.out")]
-    return [*cdk_command(WORK / "cdk.log"), command, "--all", "--no-color", "--no-notices", "--ci", *output, *words]
+    return [*cdk_command(WORK / "cdk.log"), command, "--no-color", "--no-notices", "--ci", *output, *words]
 
 
 def run(words: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
