@@ -10,7 +10,7 @@ PYTEST := $(RUN) pytest -n 2 --dist loadscope --no-loadscope-reorder
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format audit browser
+.PHONY: help demo test test-slow lint format audit browser uv
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -24,10 +24,12 @@ test: $(UV) browser ## run the tests that take minutes
 test-slow: $(UV) browser ## run the tests that take longer
 	$(PYTEST) -m slow $(ARGS)
 
-lint: $(UV) ## check style and types
+lint: $(UV) ## check style and types, and the workflows
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+	$(RUN) zizmor --offline --quiet --persona pedantic .github/workflows
+	$(RUN) check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 
 format: $(UV) ## put the code into its form
 	$(RUN) ruff check --fix
@@ -40,9 +42,13 @@ audit: $(UV) ## look up known vulnerabilities of all packages
 browser: $(UV)
 	@$(RUN) python -m tests.browser.chromium
 
+# For scripts: where uv is.
+uv: $(UV)
+	@echo $(UV)
+
 # A virtual environment needs Debian's python3-venv, which a bare machine may lack.
 $(CURDIR)/.uv/bin/uv:
-	@echo "uv is missing: bringing version $(UV_VERSION) into .uv/"
+	@echo "uv is missing: bringing version $(UV_VERSION) into .uv/" >&2
 	@rm -rf .uv
 	@python3 -m venv .uv >/dev/null 2>&1 \
 	  || { rm -rf .uv; [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \

@@ -66,6 +66,7 @@ import handler
 class Context:
     function_name = function_version = invoked_function_arn = aws_request_id = "none"
     memory_limit_in_mb = 1769
+    get_remaining_time_in_millis = lambda self: 29_000
 answer = handler.handler({event!r}, Context())
 assert answer["statusCode"] == 200 and {expected!r} in answer["body"], answer
 """

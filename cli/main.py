@@ -33,7 +33,10 @@ problems = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Name of a folder under model_configs/.", show_default=False)]
 Stage = Annotated[str, typer.Option(help="The deployed stage: `local` is this laptop's stack.", envvar="LABELLOOP_STAGE")]
-Home = Annotated[Path | None, typer.Option(help="Folder of the laptop's stack, if not the usual one.", show_default=False)]
+Home = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the laptop's stack, if not the usual one.", envvar="LABELLOOP_HOME", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -249,6 +252,39 @@ def status(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJ
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
         show(found, console)
+
+
+@app.command()
+def retrain(
+    model: Model,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the training and for what the gate says of it.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="With --wait: how long at most.", show_default="as the model's config allows")
+    ] = None,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a training now, with what is annotated, as Label Studio's button Start Training does.
+
+    Counts and waiting times of the config do not hold it up, a training that runs does: then it comes next. Where nothing is new
+    since the last one, none starts, and it says so. With --wait the exit code is 0 when the gate has decided, whatever it
+    decided, or when nothing was new; 3 when the training failed or the time was over. Interrupted, the training goes on.
+    """
+    from cli import retrain as request
+
+    heard = problems if as_json else console
+    done = request.retrain(
+        Deployment.find(stage, home),
+        ModelConfigs.find()[model],
+        lambda line: heard.print(line, highlight=False, soft_wrap=True, markup=False),
+        wait=wait,
+        minutes=minutes,
+    )
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(done)).decode())
+    else:
+        request.show(done, console)
 
 
 @app.command()

@@ -10,16 +10,27 @@ import cdk_nag
 from infra_cdk.stacks.serving import ServingStack
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
+from infra_cdk.stacks.workflows import WorkflowsStack
 from infra_cdk.stage import Stage
 from labelloop.errors import LabelloopError, exit_code
 
 
 def build(app: cdk.App) -> Stage:
-    """Add the three stacks of the stage that the app's context names. Raises `ConfigError`."""
+    """Add the stacks of the stage that the app's context names, three or with workflows four. Raises `ConfigError`."""
     stage = Stage.from_context(app.node)
     state = StateStack(app, f"{stage.prefix}-state", stage=stage)
     training = TrainingStack(app, f"{stage.prefix}-training", stage=stage, state=state)
-    ServingStack(app, f"{stage.prefix}-serving", stage=stage, state=state, training=training)
+    serving = ServingStack(app, f"{stage.prefix}-serving", stage=stage, state=state, training=training)
+    if stage.workflows:
+        WorkflowsStack(
+            app,
+            f"{stage.prefix}-workflows",
+            stage=stage,
+            workflows=stage.workflows,
+            state=state,
+            training=training,
+            serving=serving,
+        )
     cdk.Tags.of(app).add("labelloop:stage", stage.name)
     if not stage.is_local:
         cdk.Validations.of(app).add_plugins(cdk_nag.AwsSolutionsChecks(app))

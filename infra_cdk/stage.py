@@ -21,6 +21,44 @@ _NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 _MAX_JOB_NAME = 63  # characters, SageMaker's limit
 _CONTEXT = "context of `cdk`"
 _MOST_READY = 100  # execution environments of predict that are kept; more than it may use, where that is bounded
+_GITHUB = "https://token.actions.githubusercontent.com"
+# GitHub writes `owner@123/name@456` for repositories that were made or renamed since July 2026, Forgejo `owner-123/name-456`.
+_REPOSITORY = re.compile(r"[\w.-]+(@\d+)?/[\w.-]+(@\d+)?", re.ASCII)
+_PROVIDER = re.compile(r"arn:[\w-]+:iam::\d{12}:oidc-provider/\S+", re.ASCII)
+_BRANCH = re.compile(r"[\w./-]+", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workflows:
+    """Whose workflows AWS lets in. `repository` stands as it does in the tokens' subject; `provider` is an ARN, None to make one.
+
+    Raises `ConfigError`.
+    """
+
+    repository: str
+    issuer: str = _GITHUB
+    provider: str | None = None
+    main: str = "main"
+
+    def __post_init__(self) -> None:
+        if not _REPOSITORY.fullmatch(self.repository):
+            raise ConfigError(_CONTEXT, f"{self.repository!r} is not owner/name or owner@id/name@id", "github_repository")
+        if not self.issuer.startswith("https://") or "*" in self.issuer:
+            raise ConfigError(_CONTEXT, f"{self.issuer!r} is no https address", "oidc_issuer")
+        if self.provider and not _PROVIDER.fullmatch(self.provider):
+            raise ConfigError(_CONTEXT, f"{self.provider!r} is no ARN of an OIDC provider", "oidc_provider")
+        if not _BRANCH.fullmatch(self.main):
+            raise ConfigError(_CONTEXT, f"{self.main!r} is no name of a branch", "main_branch")
+
+    @property
+    def branch(self) -> str:
+        """The subject of a token of the main branch."""
+        return f"repo:{self.repository}:ref:refs/heads/{self.main}"
+
+    @property
+    def pull_requests(self) -> str:
+        """The subject of a token of a pull request. A fork's gets none."""
+        return f"repo:{self.repository}:pull_request"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +69,7 @@ class Stage:
     `reserves_concurrency`: whether what the API runs is bounded; an account that may run only 10 functions at once cannot.
     `predict_start`: `cold`; `snapshot` (Lambda's SnapStart); or how many of its environments are kept ready. Both
     of the latter cost by the hour.
+    `workflows`: absent where no workflow is let in.
     """
 
     name: str
@@ -40,6 +79,7 @@ class Stage:
     sagemaker_endpoint: str | None = None
     reserves_concurrency: bool = True
     predict_start: str = "cold"
+    workflows: Workflows | None = None
 
     def __post_init__(self) -> None:
         # No hyphen: job names start with `labelloop-{stage}-`, and no stage may see another's.
@@ -85,6 +125,14 @@ class Stage:
             sagemaker_endpoint=_without_slash(value("sagemaker_endpoint")),
             reserves_concurrency=_yes_or_no(value("reserved_concurrency") or "yes"),
             predict_start=value("predict_start") or "cold",
+            workflows=Workflows(
+                repository=repository,
+                issuer=_without_slash(value("oidc_issuer")) or _GITHUB,
+                provider=value("oidc_provider"),
+                main=value("main_branch") or "main",
+            )
+            if (repository := value("github_repository"))
+            else None,
         )
 
     @cached_property

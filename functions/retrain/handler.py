@@ -61,7 +61,7 @@ def watchdog() -> Watchdog:
 
 @logger.inject_lambda_context
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    messages: dict[str, list[tuple[str, str]]] = defaultdict(list)  # model → (message id, action)
+    messages: dict[str, list[tuple[str, TrainingSignal]]] = defaultdict(list)  # model → (message id, signal)
     failed: set[str] = set()
     for record in event["Records"]:
         try:
@@ -71,10 +71,12 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             failed.add(record["messageId"])
             continue
         for model in [signal.model] if signal.model else ModelConfigs.find().names:
-            messages[model].append((record["messageId"], signal.action))
+            messages[model].append((record["messageId"], signal))
     for model, signals in messages.items():
         try:
-            outcome = reconciler().reconcile(model, asked=any(action == ASKED for _, action in signals))
+            outcome = reconciler().reconcile(model, asked=any(signal.action == ASKED for _, signal in signals))
+            for request in {signal.request for _, signal in signals if signal.request}:
+                reconciler().answer(model, request, outcome)
         except (NotSetUpError, UnknownModelError) as error:  # asking again helps nobody: the schedule looks once it is set up
             logger.warning("refused", model=model, reason=str(error), error=type(error).__name__)
         except LabelloopError as error:
@@ -85,7 +87,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             failed.update(message for message, _ in signals)
         else:
             logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
-            if any(action == SCHEDULE for _, action in signals):
+            if any(signal.action == SCHEDULE for _, signal in signals):
                 _watch(model)
     answer = {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
     return redelivery(event, answer, TrainingSignal)

@@ -1,1 +1,1 @@
-"""The three stacks, in the order in which they are deployed: state, training, serving."""
+"""The stacks, in the order in which they are deployed: state, training, serving, and workflows where it is asked for."""

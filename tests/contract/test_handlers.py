@@ -49,7 +49,11 @@ class Reconciler:
 
     def __init__(self, **errors: Exception) -> None:
         self.asked: list[tuple[str, bool]] = []
+        self.answered: list[tuple[str, str, str]] = []
         self._errors = errors
+
+    def answer(self, model: str, request: str, outcome: Outcome) -> None:
+        self.answered.append((model, request, outcome.reason))
 
     def reconcile(self, model: str, *, asked: bool = False) -> Outcome:
         self.asked.append((model, asked))
@@ -82,6 +86,14 @@ def test_one_press_of_the_button_among_many_signals_is_enough(monkeypatch: pytes
     reconciler = Reconciler()
     retrain(monkeypatch, reconciler, signal("digits"), signal("digits", "START_TRAINING"), signal("digits"), signal("faces"))
     assert reconciler.asked == [("digits", True), ("faces", False)]
+
+
+def test_each_request_is_answered_and_what_failed_is_not_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = Reconciler(faces=LabelStudioError("down"))
+    asked = [{**signal(model, "START_TRAINING"), "request": request} for model, request in (("digits", "a"), ("digits", "b"))]
+    failed = {**signal("faces", "START_TRAINING"), "request": "c"}
+    assert retrain(monkeypatch, reconciler, *asked, signal("digits"), failed) == ["m3"]
+    assert sorted(reconciler.answered) == [("digits", "a", "nothing to do"), ("digits", "b", "nothing to do")]
 
 
 def test_the_schedule_looks_at_every_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
         (["status", "digits"], 2, "labelloop up"),
         (["status", "digits", "--stage", "dev"], 2, "AWS is not configured"),
         (["rollback", "digits"], 2, "labelloop up"),
+        (["retrain", "digits", "--wait"], 2, "labelloop up"),
         (["promote", "digits", "2"], 2, "Missing option '--reason'"),
         (["rotate-secrets", "digits"], 2, "labelloop up"),
         (["redrive"], 2, "labelloop up"),
@@ -46,7 +47,7 @@ def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int
 def test_every_command_explains_itself(tmp_path: Path) -> None:
     assert labelloop("--help", folder=tmp_path).returncode == 0
     laptop, model = ("demo", "up", "down", "status", "lineage"), ("create-new-model", "check", "config-schema")
-    operations = ("rollback", "promote", "rotate-secrets", "erase", "redrive")
+    operations = ("retrain", "rollback", "promote", "rotate-secrets", "erase", "redrive")
     for command in (*laptop, *model, "setup-label-studio-project", "upload-images", *operations):
         done = labelloop(command, "--help", folder=tmp_path)
         assert done.returncode == 0, command

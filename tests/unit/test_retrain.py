@@ -143,7 +143,7 @@ def test_looking_again_starts_nothing_more(loop: Loop) -> None:
     loop.annotate(600)
     for asked in (False, True):
         outcome = loop.look(asked=asked)
-        assert outcome == Outcome(None, f"{loop.launcher.job.job_name} is running")
+        assert outcome == Outcome(None, f"{loop.launcher.job.job_name} is running", remembered=asked)
     assert len(loop.launcher.started) == 1
 
 
@@ -371,3 +371,18 @@ def test_what_was_asked_for_is_forgotten_when_there_is_nothing_new(loop: Loop) -
     assert loop.look() == Outcome(None, f"nothing new: {loop.launcher.job.job_name} has trained the same annotations")
     assert not loop.ledger.head("digits").asked
     assert len(loop.launcher.started) == 2
+
+
+def test_who_made_a_request_reads_what_came_of_it(loop: Loop) -> None:
+    loop.annotate(5)
+    started = loop.look(asked=True)
+    loop.reconciler.answer("digits", "first", started)
+    busy = loop.look(asked=True)
+    loop.reconciler.answer("digits", "second", busy)
+    assert loop.ledger.answer("digits", "nobody's") is None
+    first, second = (loop.ledger.answer("digits", request) for request in ("first", "second"))
+    assert first is not None
+    assert second is not None
+    assert (first.started, first.remembered) == (loop.launcher.job.job_name, False)
+    assert (second.started, second.remembered) == (None, True)
+    assert second.reason == f"{loop.launcher.job.job_name} is running"

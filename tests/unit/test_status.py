@@ -117,7 +117,8 @@ def drawn(number: int, label: str, version: int, kept: str) -> AnnotatedTask:
     """A task whose annotator had a version's `kept` before them and said `label`."""
     task = examples.annotated_task(number, label)
     result = examples.annotated_task(number, kept).annotations[0].result
-    prediction = {"id": number, "model_version": f"digits v{version}", "result": result}
+    shown = {"id": number, "model_version": f"digits v{version}", "result": result}
+    prediction = msgspec.Raw(msgspec.json.encode(shown))
     return msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], prediction=prediction)])
 
 

@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
 from labelloop.errors import ConflictError, NotSetUpError, StorageError
-from labelloop.records import Audit, Erasure, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
+from labelloop.records import Answer, Audit, Erasure, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
 
 _LEASE_SECONDS = 90  # longer than ingest may run
 _BATCH = 25  # DynamoDB's limit of a BatchWriteItem
@@ -108,6 +108,14 @@ class Ledger:
         """All of them, the earliest first."""
         found = [msgspec.json.decode(item["body"]["S"], type=Takeover) for item in self._query(model, "takeover#")]
         return sorted(found, key=lambda takeover: takeover.at)
+
+    def record_answer(self, answer: Answer) -> None:
+        self._put_body(answer.model, f"answer#{answer.request}", answer)
+
+    def answer(self, model: str, request: str) -> Answer | None:
+        """What came of a request for a training; None while nobody has looked at it."""
+        item = self._get(model, f"answer#{request}")
+        return None if item is None else msgspec.json.decode(item["body"]["S"], type=Answer)
 
     # Images
 

@@ -436,10 +436,22 @@ class Erasure(Record, frozen=True, kw_only=True):
 
 
 class TrainingSignal(Record, frozen=True, kw_only=True):
-    """A message of the retrain queue. Without a model it means all of them."""
+    """A message of the retrain queue. Without a model it means all of them. `request`: of somebody who waits for an answer."""
 
     action: str
     model: str | None = None
+    request: str | None = None
+
+
+class Answer(Record, frozen=True, kw_only=True):
+    """What `retrain` did with a request: the job that it started, or why none, and whether it starts one when there is room."""
+
+    model: str
+    request: str
+    started: str | None
+    reason: str
+    remembered: bool
+    at: str
 
 
 class PromoteSignal(Record, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from labelloop.launcher import Launcher, job_name
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.policy import Decision, decide
-from labelloop.records import Failure, Head, Job, Trained, Training, TrainingStatus, now
+from labelloop.records import Answer, Failure, Head, Job, Trained, Training, TrainingStatus, now
 from labelloop.snapshot_index import SnapshotIndex
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
@@ -36,10 +36,11 @@ SCHEDULE = "SCHEDULE"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a reconcile did: the job it started, or why it did not."""
+    """What a reconcile did: the job it started, or why it did not. `remembered`: one was asked for, and comes later."""
 
     started: str | None
     reason: str
+    remembered: bool = False
 
 
 class Reconciler:
@@ -70,6 +71,19 @@ class Reconciler:
                 time.sleep(random.uniform(0.02, 0.2))
         return self._look(model, asked=asked)
 
+    def answer(self, model: str, request: str, outcome: Outcome) -> None:
+        """Tell whoever made a request and waits what came of it."""
+        self._ledger.record_answer(
+            Answer(
+                model=model,
+                request=request,
+                started=outcome.started,
+                reason=outcome.reason,
+                remembered=outcome.remembered,
+                at=now(),
+            )
+        )
+
     def _look(self, model: str, *, asked: bool) -> Outcome:
         head = self._settle(model, self._ledger.head(model))
         asked = asked or head.asked
@@ -77,7 +91,7 @@ class Reconciler:
         if busy:
             if asked and not head.asked:  # somebody pressed Start Training: once there is room for it
                 self._ledger.remember_asked(head, asked=True)
-            return Outcome(None, busy)
+            return Outcome(None, busy, remembered=asked)
         outcome = self._train_if_due(model, head, asked=asked)
         if head.asked and outcome.started is None:
             self._ledger.remember_asked(head, asked=False)
