@@ -9,7 +9,8 @@ JPEG files, with the same images held out:
 - *ours*: the training job's own reading, decoding and fit, on augmented images as `architectures.augmentation` makes them;
 - *reference*: what torchvision's references/classification does: a DataLoader whose workers decode every file anew in each epoch
   with Pillow, a random crop scaled to the size, a mirror image at random, SGD with momentum and a falling cosine, float32. Its
-  learning rate is the recipe's for so small a batch, not tuned; its accuracy is that of the last weights, ours that of the averaged ones;
+  learning rate is the recipe's for so small a batch, not tuned; its accuracy is that of the last weights, ours that of the
+  averaged ones;
 - *limit*: ours without data: the network's steps on one batch that is there already, no augmentation, no average of the weights.
 
 The images are details of scikit-image's photographs; the class is the photograph that a detail comes from. MobileNetV3 wants many
