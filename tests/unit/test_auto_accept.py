@@ -290,7 +290,7 @@ def test_the_worker_that_predicts_unlabelled_tasks_accepts(
         latest = label_studio.tasks[number].latest
         assert latest is not None
         assert latest.result is not None
-        assert latest.result[0]["value"]["choices"] == [str(number % 10)]
+        assert latest.result[0].value.choices == [str(number % 10)]
 
 
 def alarms(promise: float, precision: float, audits: int) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from labelloop import dataset, snapshot_index
 from labelloop.dataset import split_of
-from labelloop.label_studio.payloads import AnnotatedTask, model_annotation_id
+from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
 from labelloop.records import ManifestRow, Region, Snapshot, Split
 from tests import examples
@@ -124,7 +124,7 @@ def test_what_cannot_be_trained_on_is_left_out_with_its_reason(task: AnnotatedTa
 
 def test_an_annotation_of_another_control_tag_is_no_label() -> None:
     task = annotated_task(1)
-    other = [{**(task.annotations[0].result or [])[0], "from_name": "quality"}]
+    other = [msgspec.structs.replace((task.annotations[0].result or [])[0], from_name="quality")]
     changed = msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], result=other)])
     assert rows(changed) == ([], {"0 classes are chosen instead of one": 1})
 
@@ -231,11 +231,16 @@ def test_an_image_between_the_holdout_and_another_split_is_left_out(group: Split
         ({"model_version": "another model", "score": 0.5, "result": []}, None),
         ({}, None),
         (None, None),
+        ("elsewhere", None),
+        (10**30, None),
+        ([{"model_version": "digits v3"}], None),
+        ({"model_version": ["digits v3"], "result": {}}, None),
     ],
 )
 def test_a_row_says_which_versions_prediction_the_annotator_saw(prediction: object, seen: int | None) -> None:
     task = annotated_task(1)
-    annotation = msgspec.structs.replace(task.annotations[0], prediction=msgspec.Raw(msgspec.json.encode(prediction)))
+    exported = msgspec.json.decode(msgspec.json.encode({"id": 1, "prediction": prediction}), type=Annotation)
+    annotation = msgspec.structs.replace(task.annotations[0], prediction=exported.prediction)
     [row], _ = rows(msgspec.structs.replace(task, annotations=[annotation]))
     assert row.seen == seen
 

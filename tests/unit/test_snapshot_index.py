@@ -132,7 +132,7 @@ def test_the_format_is_raised_when_rows_are_made_otherwise() -> None:
         made(40, "d", [("1", "2026-01-01T00:00:00Z", True, False)]),
     ]
     digest = freeze(some, DIGITS, LABELS)[0].digest
-    assert (FORMAT, digest) == (1, "c8adc13887c4dbf1b615807b16dd07dbc69bc1c7184024409067bc6da016308e")
+    assert (FORMAT, digest) == (2, "c8adc13887c4dbf1b615807b16dd07dbc69bc1c7184024409067bc6da016308e")
 
 
 # What is read

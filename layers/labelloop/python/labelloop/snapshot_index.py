@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
+from itertools import batched
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,23 +33,23 @@ from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import Snapshot
 
-FORMAT = 1  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
+FORMAT = 2  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
 _OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
-_CACHE_KB = 32_768
+_CACHE_KB = 8_192
+_PAGE = 32_768
+_LINES = 200
 _TABLES = """
 CREATE TABLE tasks (
   id INTEGER PRIMARY KEY,
   annotations INTEGER NOT NULL,  -- without skips
   skipped TEXT,                  -- why there is no row
-  sha256 BLOB,
-  by_model INTEGER,
-  updated_at TEXT,
-  unique_id TEXT,
+  sha256 TEXT,
+  weight TEXT,                   -- of tasks with the same content the one with the greatest counts
   split TEXT,
-  row BLOB
+  line BLOB                      -- of the manifest, without its end
 );
 CREATE TABLE progress (
   project INTEGER NOT NULL,
@@ -67,7 +68,10 @@ class SnapshotIndex:
         self._config, self._label_config, self._project = config, label_config, project
         self._database = sqlite3.connect(file, isolation_level=None)
         # A file that is half-written after a crash is nobody's: it lies in a folder that goes.
-        self._database.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KB};")
+        self._database.executescript(
+            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; "
+            f"PRAGMA page_size={_PAGE}; PRAGMA cache_size=-{_CACHE_KB};"
+        )
 
     def close(self) -> None:
         self._database.close()
@@ -132,20 +136,22 @@ class SnapshotIndex:
         """Take in tasks as they are now; one without annotations goes."""
         entries: list[tuple[object, ...]] = []
         gone: list[tuple[int]] = []
+        encode = msgspec.json.Encoder().encode
         for task in tasks:
             annotation = task.latest
             if annotation is None:
                 gone.append((task.id,))
                 continue
-            count = sum(not one.was_cancelled for one in task.annotations)
+            count = len(task.counting)
             row = row_of(task, annotation, self._config, self._label_config)
             if isinstance(row, str):
-                entries.append((task.id, count, row, None, None, None, None, None, None))
+                entries.append((task.id, count, row, None, None, None, None))
                 continue
-            weight = (row.by_model, annotation.updated_at, annotation.unique_id)
-            entries.append((task.id, count, None, row.sha256, *weight, row.split, msgspec.json.encode(row)))
+            # A person's before the model's, then the one changed last; a space comes before all that a time holds.
+            weight = f"{'model' if row.by_model else 'person'} {annotation.updated_at} {annotation.unique_id}"
+            entries.append((task.id, count, None, row.sha256, weight, row.split, encode(row)))
         self._database.execute("BEGIN")
-        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?)", entries)
         self._database.executemany("DELETE FROM tasks WHERE id = ?", gone)
         self._database.execute("COMMIT")
 
@@ -173,15 +179,18 @@ class SnapshotIndex:
             "SELECT skipped, count(*) FROM tasks WHERE skipped IS NOT NULL GROUP BY skipped ORDER BY skipped"
         )))  # fmt: skip
         before = None
-        for sha256, split, row in self._rows():
-            if sha256 == before:
-                skipped["another task shows the same image"] += 1
-                continue
-            before = sha256
-            splits[split] += 1
-            line = row + b"\n"
-            digest.update(line)
-            manifest.write(line)
+        for rows in batched(self._rows(), _LINES, strict=False):
+            lines = []
+            for sha256, split, line in rows:
+                if sha256 == before:
+                    skipped["another task shows the same image"] += 1
+                    continue
+                before = sha256
+                splits[split] += 1
+                lines.append(line)
+            written = b"\n".join([*lines, b""])
+            digest.update(written)
+            manifest.write(written)
         return Snapshot(
             model=self._config.name,
             digest=digest.hexdigest(),
@@ -196,8 +205,7 @@ class SnapshotIndex:
     def _rows(self) -> Iterator[tuple[str, str, bytes]]:
         # The id decides between equals, whatever the order in which they came.
         return self._database.execute(
-            "SELECT sha256, split, row FROM tasks WHERE row IS NOT NULL "
-            "ORDER BY sha256, by_model, updated_at DESC, unique_id DESC, id"
+            "SELECT sha256, split, line FROM tasks WHERE line IS NOT NULL ORDER BY sha256, weight DESC, id"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
+from itertools import batched
 from typing import Any
 from urllib.parse import urlencode
 
@@ -157,10 +158,11 @@ class LabelStudioClient:
             listed = self._annotated_page(project, filters, ordering="tasks:id", limit=_PAGE, fields="id").tasks
             if not listed:
                 return
-            # The listing itself has annotations without their `unique_id` and the prediction that was seen.
-            found = self.annotations_of(project, [task.id for task in listed])
-            if found:
-                yield sorted(found, key=lambda task: task.id)
+            for some in batched(listed, _TASKS, strict=False):
+                # The listing itself has annotations without their `unique_id` and the prediction that was seen.
+                found = self.annotations_of(project, [task.id for task in some])
+                if found:
+                    yield sorted(found, key=lambda task: task.id)
             after = listed[-1].id
 
     def _annotated_page(
