@@ -183,6 +183,23 @@ def test_without_an_end_of_annotating_there_is_a_snapshot() -> None:
     assert model.look() == model.full
 
 
+def test_constant_deletions_do_not_have_a_long_reading_begin_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(*tasks(*range(1, 13)))
+    for _ in range(4):
+        with pytest.raises(ServiceError, match="the next look goes on"):
+            model.look(seconds=-1)
+        model.label_studio.annotated.pop(0)
+    assert model.look()[0].n_annotations == 12, "four have gone since they were read"
+    for _ in range(2):
+        model.label_studio.annotated.pop(0)
+        model.look()
+        assert model.log == ["counts differ, the index is taken as it is: None"]
+        assert len(set(model.label_studio.read)) < 2
+    monkeypatch.setattr(snapshot_index, "_REST_SECONDS", 0)
+    assert model.look() == model.full
+    assert model.log == ["index built anew: the counts differ"]
+
+
 # What is kept
 
 

@@ -38,6 +38,7 @@ FORMAT = 2  # of the file, and of what rows are made of: raise it with either (t
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
 _OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
+_REST_SECONDS = 3600  # between two readings of all that take several looks: else constant deletions would have them never end
 _CACHE_KB = 8_192
 _PAGE = 32_768
 _LINES = 200
@@ -56,7 +57,8 @@ CREATE TABLE progress (
   config TEXT NOT NULL,  -- digest of what rows depend on
   since TEXT,            -- what changed up to then has been read; NULL before the first reading has ended
   begun TEXT,            -- what `since` becomes when the reading under way ends
-  after INTEGER NOT NULL DEFAULT 0  -- the task that it has come to
+  after INTEGER NOT NULL DEFAULT 0, -- the task that it has come to
+  ended REAL NOT NULL DEFAULT 0  -- when a reading of all that took several looks ended, in Unix time
 );
 """
 
@@ -99,27 +101,32 @@ class SnapshotIndex:
     def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> None:
         """Read what has changed in Label Studio, or everything where the counts say that the index is not what is there.
 
-        Raises `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
+        An index that took several looks is not built anew within the hour, though tasks may have gone. Raises
+        `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
         """
         until = time.monotonic() + seconds
-        begins_anew, before = self._since is None, None
+        since, begun, _ = self._progress
+        begins_anew, goes_on, before = since is None, since is None and begun is not None, None
         for number in range(1, 2 * _ROUNDS + 1):
             there = label_studio.tally(self._project)
             self._read(label_studio, there, until)
+            if goes_on:
+                self._database.execute("UPDATE progress SET ended = ?", (time.time(),))
+                goes_on = False
             if self._holds(there):
                 return
             if there != before and number % _ROUNDS:  # somebody annotates meanwhile
                 before = there
                 continue
-            if begins_anew:
+            if begins_anew or self._was_built_just_now:
                 break
             log("index built anew", model=self._config.name, reason="the counts differ", index=self._counts, there=there)
             self.clear()
             begins_anew, before = True, None
-        log("counts differ", model=self._config.name, index=self._counts, there=there)
+        log("counts differ, the index is taken as it is", model=self._config.name, index=self._counts, there=there)
 
     def _read(self, label_studio: LabelStudioClient, there: Tally, until: float) -> None:
-        since, begun, after = self._database.execute("SELECT since, begun, after FROM progress").fetchone()
+        since, begun, after = self._progress
         if begun is None:
             begun = there.changed_at or ""
             self._database.execute("UPDATE progress SET begun = ?", (begun,))
@@ -156,8 +163,13 @@ class SnapshotIndex:
         self._database.execute("COMMIT")
 
     @property
-    def _since(self) -> str | None:
-        return self._database.execute("SELECT since FROM progress").fetchone()[0]  # type: ignore[no-any-return]
+    def _progress(self) -> tuple[str | None, str | None, int]:
+        return self._database.execute("SELECT since, begun, after FROM progress").fetchone()  # type: ignore[no-any-return]
+
+    @property
+    def _was_built_just_now(self) -> bool:
+        (ended,) = self._database.execute("SELECT ended FROM progress").fetchone()
+        return bool(time.time() - ended < _REST_SECONDS)
 
     @property
     def _counts(self) -> tuple[int, int]:
