@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from labelloop import dataset, snapshot_index
 from labelloop.dataset import split_of
+from labelloop.label_studio.client import tasks_exported
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
 from labelloop.records import ManifestRow, Region, Snapshot, Split
@@ -243,6 +246,28 @@ def test_a_row_says_which_versions_prediction_the_annotator_saw(prediction: obje
     annotation = msgspec.structs.replace(task.annotations[0], prediction=exported.prediction)
     [row], _ = rows(msgspec.structs.replace(task, annotations=[annotation]))
     assert row.seen == seen
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["choices", "rectanglelabels", "x", "model_version", "result"]), inner, max_size=4)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, JSON, JSON, JSON)
+def test_whatever_an_export_holds_its_task_is_a_row_or_left_out(value: Any, prediction: Any, known: Any, kind: Any) -> None:
+    """One such task must not stop the reading of all."""
+    region = {"from_name": "digit", "type": "choices", "value": value, "image_rotation": known}
+    annotation = {"id": 1, "unique_id": "u", "result": [region, {**region, "type": kind}], "prediction": prediction}
+    meta = {"sha256": "a" * 64, "group": known, "resembles": known, "width": known, "height": kind}
+    exported = [{"id": 1, "data": {"image": known}, "meta": meta, "annotations": [annotation]}]
+    kept, skipped = rows(*tasks_exported(json.dumps(exported).encode()))
+    assert len(kept) + sum(skipped.values()) == 1
 
 
 def accepted(content: str, project: int = 1) -> AnnotatedTask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 
 from labelloop import problem_types
 from labelloop.errors import AnnotationError, ImageError
@@ -12,6 +13,8 @@ from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.model_config import ModelConfig, Splits
 from labelloop.records import ManifestRow, Split
 
+_FIRST_8_BYTES = struct.Struct(">Q")
+
 
 def split_of(group: str, splits: Splits) -> Split:
     """The split of a content group (hex SHA-256): a function of it and the config's seed, so that no image ever moves.
@@ -19,7 +22,7 @@ def split_of(group: str, splits: Splits) -> Split:
     The test split is the holdout. Changing the shares moves only groups across the changed border.
     """
     hashed = hashlib.sha256(f"{splits.seed}:{group}".encode()).digest()
-    position = int.from_bytes(hashed[:8]) * 2**-64
+    position = _FIRST_8_BYTES.unpack_from(hashed)[0] * 2**-64
     if position < splits.test:
         return "test"
     if position >= 1 - splits.validation:

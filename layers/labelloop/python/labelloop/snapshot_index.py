@@ -149,7 +149,7 @@ class SnapshotIndex:
             if annotation is None:
                 gone.append((task.id,))
                 continue
-            count = len(task.counting)
+            count = 1 if len(task.annotations) == 1 else len(task.counting)
             row = row_of(task, annotation, self._config, self._label_config)
             if isinstance(row, str):
                 entries.append((task.id, count, row, None, None, None, None))

@@ -80,12 +80,22 @@ class Annotation(msgspec.Struct, frozen=True, gc=False):
         return updated - created > _AT_ONCE
 
 
+class TaskMeta(msgspec.Struct, frozen=True, gc=False):
+    """What `ingest` noted of a task's image, if it made the task."""
+
+    sha256: Any = None
+    group: Any = None
+    resembles: Any = None
+    width: Any = None
+    height: Any = None
+
+
 class AnnotatedTask(msgspec.Struct, frozen=True, gc=False):
     """A task with its annotations, as the Data Manager lists them."""
 
     id: int
     data: dict[str, Any]
-    meta: dict[str, Any] | None = None
+    meta: TaskMeta | None = None
     annotations: list[Annotation] = []
 
     @property
@@ -94,10 +104,9 @@ class AnnotatedTask(msgspec.Struct, frozen=True, gc=False):
 
         An empty one says that there is nothing in the image.
         """
-        counting = self.counting
-        if len(counting) < 2:  # the rule
-            return counting[0] if counting else None
-        return max(counting, key=lambda one: (not one.by_model, one.updated_at, one.id))
+        if len(self.annotations) == 1 and not self.annotations[0].was_cancelled:  # as most have it
+            return self.annotations[0]
+        return max(self.counting, key=lambda one: (not one.by_model, one.updated_at, one.id), default=None)
 
     @property
     def counting(self) -> list[Annotation]:
@@ -111,20 +120,24 @@ class AnnotatedTask(msgspec.Struct, frozen=True, gc=False):
     @property
     def content_hash(self) -> str:
         """SHA-256 of the image, as `ingest` noted it. Raises `ImageError` for tasks that `ingest` did not make."""
-        value = (self.meta or {}).get("sha256")
+        value = self.meta.sha256 if self.meta else None
         if not isinstance(value, str) or len(value) != 64:
             raise ImageError("the task was not made by labelloop (no sha256 in its meta data)")
         return value
 
+    def shows(self, sha256: str) -> bool:
+        """Whether its image is the one. Label Studio may use a deleted task's id again."""
+        return self.meta is not None and self.meta.sha256 == sha256
+
     @property
     def content_group(self) -> str:
         """The content group that `ingest` noted; an image from before there were any is its own. Raises `ImageError`."""
-        return str((self.meta or {}).get("group") or self.content_hash)
+        return str((self.meta and self.meta.group) or self.content_hash)
 
     @property
     def resembled_groups(self) -> list[str]:
         """The other content groups that the image resembles."""
-        found = (self.meta or {}).get("resembles")
+        found = self.meta.resembles if self.meta else None
         return [str(group) for group in found] if isinstance(found, list) else []
 
 

@@ -61,12 +61,11 @@ class Classification:
 
 def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str]:
     """The choices of an annotation's control tag. Raises `AnnotationError` where they are no list of texts."""
-    return [
-        label
-        for region in annotation.result or []
-        if region.from_name == label_config.from_name and region.type == "choices"
-        for label in texts(region.value, "choices")
-    ]
+    labels: list[str] = []
+    for region in annotation.result or []:
+        if region.from_name == label_config.from_name and region.type == "choices":
+            labels += texts(region.value, "choices")
+    return labels
 
 
 def texts(value: Any, key: Literal["choices", "rectanglelabels"]) -> list[str]:
