@@ -150,7 +150,8 @@ class LabelStudioClient:
     def annotated_tasks(self, project: int, *, since: datetime | None = None, after: int = 0) -> Iterator[list[AnnotatedTask]]:
         """The annotated tasks with their annotations, page by page, by id: all, or those changed later than `since`.
 
-        Ids are above `after`; a page is what one export answers, 200 tasks. No answer grows with the project. A task that changes meanwhile may come as it was before.
+        Ids are above `after`; a page is what one export answers, 200 tasks. No answer grows with the project. A task that changes
+        meanwhile may come as it was before.
         """
         changed = [] if since is None else [("updated_at", "greater", "Datetime", since.astimezone(UTC).strftime(_TIME))]
         while True:
