@@ -113,14 +113,8 @@ class Answers(LabelStudioClient):
 
     def annotated_tasks(self, project: int, **_: Any) -> Iterator[list[AnnotatedTask]]:  # noqa: ARG002
         with self._file.open("rb") as answers:
-            page: list[AnnotatedTask] = []
             while size := answers.read(4):
-                page += tasks_exported(answers.read(int.from_bytes(size)))
-                if len(page) >= 1000:
-                    yield page
-                    page = []
-            if page:
-                yield page
+                yield tasks_exported(answers.read(int.from_bytes(size)))
 
 
 def measured(kind: str, folder: Path, problem: str, count: int, new: int) -> dict[str, float]:

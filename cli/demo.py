@@ -405,7 +405,7 @@ def _regions(result: list[dict[str, Any]], folder: ModelFolder) -> list[Region]:
     return [
         msgspec.structs.replace(region, score=item.get("score"))
         for number, item in enumerate(result)
-        for region in problem_type.annotated(Annotation(id=number, result=[item]), folder.label_config)
+        for region in problem_type.annotated(msgspec.convert({"id": number, "result": [item]}, Annotation), folder.label_config)
     ]
 
 

@@ -55,6 +55,8 @@ class FakeLabelStudio:
     @property
     def _tally(self) -> Tally:
         there = [task for task in self.annotated if task.latest is not None]
+        numbers = {task.id for task in there}  # what comes again, even the same, is new
+        self._seen = {number: seen for number, seen in self._seen.items() if number in numbers}
         annotations = sum(not one.was_cancelled for task in there for one in task.annotations)
         newest = max((self._changed_at(task).isoformat() for task in there), default=None)
         return Tally(len(there), annotations, newest)

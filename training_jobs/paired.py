@@ -119,14 +119,17 @@ def bootstrapped(
         change = np.nan_to_num(challenger(weights) - champion(weights))
         return change.T.reshape(-1, *numbers.shape[:-1])
 
-    found = bootstrap(
-        (np.arange(images),),
-        difference,
-        n_resamples=_RESAMPLES,
-        batch=_AT_ONCE,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    ).bootstrap_distribution
+    if images == 1:  # all resamples are the same, and scipy asks for two
+        found = difference(np.zeros((1, 1), np.int64), -1)
+    else:
+        found = bootstrap(
+            (np.arange(images),),
+            difference,
+            n_resamples=_RESAMPLES,
+            batch=_AT_ONCE,
+            method="percentile",
+            rng=np.random.default_rng(_SEED),
+        ).bootstrap_distribution
     ours, theirs = (figures(np.ones((1, images)))[0] for figures in (challenger, champion))
     seen = [name for name, count in zip(classes, shown[1:], strict=True) if count]
 

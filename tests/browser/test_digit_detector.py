@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from playwright.sync_api import expect
 
@@ -59,7 +60,9 @@ def look_at_boxes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             page.goto(f"{addresses.label_studio}/projects/{project}/data?task={task.id}")
             expect(page.get_by_role("button", name="Submit current annotation")).to_be_visible(timeout=30_000)
             wait_for(lambda: page.evaluate(REGIONS), 20, f"boxes on task {task.id}")
-            boxes = of("detection").annotated(Annotation(id=1, result=page.evaluate(REGIONS)), folder.label_config)
+            boxes = of("detection").annotated(
+                msgspec.convert({"id": 1, "result": page.evaluate(REGIONS)}, Annotation), folder.label_config
+            )
             ARTIFACTS.mkdir(exist_ok=True)
             page.screenshot(path=ARTIFACTS / f"digit-detector-{task.id}.png")
             there = truth[task.sha256 or ""]

@@ -34,6 +34,7 @@ from cli.label_studio_project import QUEUE_TAB, STORAGE_TITLE, set_up_project
 from cli.main import app
 from labelloop.artifacts import s3_uri
 from labelloop.errors import ConfigError
+from labelloop.label_studio.payloads import Value
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import Promotion
 from local.processes import free_port
@@ -623,6 +624,6 @@ def test_folders_of_classes_become_annotations_once(project: Project, tmp_path: 
 
     key = {examples.sha256((tmp_path / name).read_bytes()): name[0] for name in names}
     exported = {task.content_hash: task for page in project.label_studio.annotated_tasks(project.number) for task in page}
-    chosen = {digest: exported[digest].annotations[0].result[0]["value"]["choices"] for digest in key}  # type: ignore[index]
-    assert chosen == {digest: [label] for digest, label in key.items()}
+    chosen = {digest: exported[digest].annotations[0].result[0].value for digest in key}  # type: ignore[index]
+    assert chosen == {digest: Value(choices=[label]) for digest, label in key.items()}
     assert all(len(exported[digest].annotations) == 1 for digest in key)

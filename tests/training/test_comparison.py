@@ -243,3 +243,11 @@ def test_comparing_again_gives_the_same() -> None:
     cards = card(ABC, "detection"), card(ABC, "detection")
     one, other = (compare(rows(truths), truths, guesses, *cards, RULES) for _ in range(2))
     assert one == other
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "classification"])
+def test_a_single_image_tells_next_to_nothing(kind: ProblemTypeName) -> None:
+    found = compared("a", "a", "b", kind=kind)
+    assert found is not None
+    assert found.difference.value == 1
+    assert found.difference.low < 0.3

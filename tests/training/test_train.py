@@ -138,7 +138,7 @@ def test_mlflow_holds_the_run_and_the_version(finished: OptMl, mlflow: MlflowCli
 def test_the_report_and_mlflow_say_what_the_time_went_to(finished: OptMl, mlflow: MlflowClient, rows: list[ManifestRow]) -> None:
     timing = finished.evaluation.timing
     assert timing is not None
-    assert list(timing.seconds) == ["read", "decode", "build", "fit", "export", "out-of-fold", "evaluate", "record"]
+    assert list(timing.seconds) == ["read", "decode", "build", "fit", "export", "int8", "out-of-fold", "evaluate", "record"]
     assert timing.decoded == len(rows)  # nothing is kept where nothing says where
     assert timing.images_per_second is not None
     assert timing.waiting is not None

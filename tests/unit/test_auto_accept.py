@@ -19,7 +19,7 @@ from labelloop.auto_accept import AutoAcceptState, evidence
 from labelloop.dataset import split_of
 from labelloop.inference import Model
 from labelloop.label_studio.client import StoredPrediction, StoredTask
-from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask, model_annotation_id
+from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask, Value, model_annotation_id
 from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelConfigs, ModelFolder
 from labelloop.predict import Predicted, TaskPredictor
@@ -290,7 +290,7 @@ def test_the_worker_that_predicts_unlabelled_tasks_accepts(
         latest = label_studio.tasks[number].latest
         assert latest is not None
         assert latest.result is not None
-        assert latest.result[0]["value"]["choices"] == [str(number % 10)]
+        assert latest.result[0].value == Value(choices=[str(number % 10)])
 
 
 def alarms(promise: float, precision: float, audits: int) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from labelloop import dataset, snapshot_index
 from labelloop.dataset import split_of
-from labelloop.label_studio.payloads import AnnotatedTask, model_annotation_id
+from labelloop.label_studio.client import tasks_exported
+from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
 from labelloop.records import ManifestRow, Region, Snapshot, Split
 from tests import examples
@@ -124,7 +127,7 @@ def test_what_cannot_be_trained_on_is_left_out_with_its_reason(task: AnnotatedTa
 
 def test_an_annotation_of_another_control_tag_is_no_label() -> None:
     task = annotated_task(1)
-    other = [{**(task.annotations[0].result or [])[0], "from_name": "quality"}]
+    other = [msgspec.structs.replace((task.annotations[0].result or [])[0], from_name="quality")]
     changed = msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], result=other)])
     assert rows(changed) == ([], {"0 classes are chosen instead of one": 1})
 
@@ -231,13 +234,40 @@ def test_an_image_between_the_holdout_and_another_split_is_left_out(group: Split
         ({"model_version": "another model", "score": 0.5, "result": []}, None),
         ({}, None),
         (None, None),
+        ("elsewhere", None),
+        (10**30, None),
+        ([{"model_version": "digits v3"}], None),
+        ({"model_version": ["digits v3"], "result": {}}, None),
     ],
 )
 def test_a_row_says_which_versions_prediction_the_annotator_saw(prediction: object, seen: int | None) -> None:
     task = annotated_task(1)
-    annotation = msgspec.structs.replace(task.annotations[0], prediction=msgspec.Raw(msgspec.json.encode(prediction)))
+    exported = msgspec.json.decode(msgspec.json.encode({"id": 1, "prediction": prediction}), type=Annotation)
+    annotation = msgspec.structs.replace(task.annotations[0], prediction=exported.prediction)
     [row], _ = rows(msgspec.structs.replace(task, annotations=[annotation]))
     assert row.seen == seen
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["choices", "rectanglelabels", "x", "model_version", "result"]), inner, max_size=4)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, JSON, JSON, JSON)
+def test_whatever_an_export_holds_its_task_is_a_row_or_left_out(value: Any, prediction: Any, known: Any, kind: Any) -> None:
+    """One such task must not stop the reading of all."""
+    region = {"from_name": "digit", "type": "choices", "value": value, "image_rotation": known}
+    annotation = {"id": 1, "unique_id": "u", "result": [region, {**region, "type": kind}], "prediction": prediction}
+    meta = {"sha256": "a" * 64, "group": known, "resembles": known, "width": known, "height": kind}
+    exported = [{"id": 1, "data": {"image": known}, "meta": meta, "annotations": [annotation]}]
+    kept, skipped = rows(*tasks_exported(json.dumps(exported).encode()))
+    assert len(kept) + sum(skipped.values()) == 1
 
 
 def accepted(content: str, project: int = 1) -> AnnotatedTask:

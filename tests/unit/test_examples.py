@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,7 +82,7 @@ def test_an_annotator_can_submit_the_truth(model: ExampleModel, data: list[Examp
     problem_type = problem_types.of(folder.config.problem_type)
     for example in data[:50]:
         result = problem_type.result(example.truth, folder.label_config, imaging.upright_size(example.image))
-        back = problem_type.annotated(Annotation(id=1, result=result), folder.label_config)
+        back = problem_type.annotated(msgspec.convert({"id": 1, "result": result}, Annotation), folder.label_config)
         assert [region.label for region in back] == [region.label for region in example.truth]
         for read, true in zip(back, example.truth, strict=True):
             assert read.box == (None if true.box is None else pytest.approx(true.box, abs=1e-6))

@@ -205,6 +205,8 @@ def test_annotated_tasks_are_listed_by_id_and_exported_by_the_page(
     assert times == ["2026-01-01T12:00:00.000005Z"] * 3, "the only form that Label Studio takes"
     list(client.annotated_tasks(3))
     assert "updated_at" not in server.requests[-1].path
+    monkeypatch.setattr("labelloop.label_studio.client._TASKS", 1)
+    assert [[task.id for task in page] for page in client.annotated_tasks(3)] == [[5], [7], [8]], "a page is one export's answer"
 
 
 def test_the_tally_counts_ground_truth_too(server: RecordingServer, client: LabelStudioClient) -> None:

@@ -56,8 +56,7 @@ class LabelStudio:
 
 
 def _known(task: AnnotatedTask) -> KnownTask:
-    meta = task.meta or {}
-    return KnownTask(task.id, task.image("image"), meta["sha256"], (8, 8), 1, meta["group"])
+    return KnownTask(task.id, task.image("image"), task.content_hash, (8, 8), 1, task.content_group)
 
 
 def annotated(number: int, label: str = "1", *, group: str | None = None, **more: Any) -> AnnotatedTask:

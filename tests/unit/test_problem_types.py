@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -38,9 +39,13 @@ def card(problem_type: ProblemTypeName) -> ModelCard:
     )
 
 
+def annotation_of(*regions: dict[str, Any]) -> Annotation:
+    return msgspec.convert({"id": 1, "result": regions}, Annotation)
+
+
 def choices(*labels: str) -> Annotation:
     result = [{"from_name": "what", "to_name": "image", "type": "choices", "value": {"choices": list(labels)}}]
-    return Annotation(id=1, result=result if labels else [])
+    return annotation_of(*result if labels else [])
 
 
 def rectangle(x: Any = 10, y: Any = 20, width: Any = 30, height: Any = 40, label: str = "cat", **more: Any) -> dict[str, Any]:
@@ -67,14 +72,14 @@ def test_multilabel_takes_any_number_of_classes_in_any_order() -> None:
 
 
 def test_a_rectangle_in_percent_becomes_a_box_in_shares() -> None:
-    [region] = said("detection", Annotation(id=1, result=[rectangle()]))
+    [region] = said("detection", annotation_of(rectangle()))
     assert region.label == "cat"
     assert region.box == pytest.approx((0.1, 0.2, 0.4, 0.6))
-    assert said("detection", Annotation(id=1, result=[])) == []
+    assert said("detection", annotation_of()) == []
 
 
 def test_a_rectangle_is_cut_at_the_images_border() -> None:
-    [region] = said("detection", Annotation(id=1, result=[rectangle(x=-5, width=200)]))
+    [region] = said("detection", annotation_of(rectangle(x=-5, width=200)))
     assert region.box == pytest.approx((0, 0.2, 1, 0.6))
 
 
@@ -96,12 +101,12 @@ def test_a_rectangle_is_cut_at_the_images_border() -> None:
 )
 def test_a_rectangle_that_cannot_be_learnt_from_says_why(region: dict[str, Any], reason: str) -> None:
     with pytest.raises(AnnotationError, match=reason):
-        said("detection", Annotation(id=1, result=[rectangle(), region]))
+        said("detection", annotation_of(rectangle(), region))
 
 
 def test_a_full_turn_is_upright_and_other_tags_do_not_count() -> None:
     keypoint = {"from_name": "point", "type": "keypointlabels", "value": {"x": 1, "y": 1, "keypointlabels": ["cat"]}}
-    assert len(said("detection", Annotation(id=1, result=[rectangle(rotation=360), keypoint]))) == 1
+    assert len(said("detection", annotation_of(rectangle(rotation=360), keypoint))) == 1
 
 
 shares = st.floats(0, 1)
@@ -115,7 +120,7 @@ def test_a_detectors_result_reads_back_as_the_same_boxes(drawn: list[tuple[float
         if abs(a - c) > 1e-3 and abs(b - d) > 1e-3
     ]
     result = problem_types.of("detection").result(regions, LABELS, (640, 480))
-    found = said("detection", Annotation(id=1, result=result))
+    found = said("detection", annotation_of(*result))
     assert [region.label for region in found] == [region.label for region in regions]
     for one, other in zip(found, regions, strict=True):
         assert one.box == pytest.approx(other.box, abs=1e-9)
@@ -124,7 +129,7 @@ def test_a_detectors_result_reads_back_as_the_same_boxes(drawn: list[tuple[float
 @pytest.mark.parametrize("problem_type", ["classification", "multilabel"])
 def test_a_choice_result_reads_back(problem_type: ProblemTypeName) -> None:
     result = problem_types.of(problem_type).result([Region(label="cow")], LABELS, (8, 8))
-    assert said(problem_type, Annotation(id=1, result=result)) == [Region(label="cow")]
+    assert said(problem_type, annotation_of(*result)) == [Region(label="cow")]
 
 
 def test_classification_shows_the_likeliest_class() -> None:
@@ -347,6 +352,6 @@ odd_regions = st.lists(
 def test_whatever_an_annotation_holds_it_is_learnt_from_or_refused(name: ProblemTypeName, regions: list[dict[str, Any]]) -> None:
     """One such annotation must not stop its model's training."""
     with contextlib.suppress(AnnotationError):
-        problem_types.of(name).annotated(Annotation(id=1, result=regions), LABELS)
+        problem_types.of(name).annotated(annotation_of(*regions), LABELS)
     with contextlib.suppress(RequestError):
         problem_types.of(name).prompted({"result": regions}, FOUND)

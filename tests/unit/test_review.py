@@ -12,7 +12,7 @@ import pytest
 
 from labelloop import review
 from labelloop.label_studio.client import StoredPrediction
-from labelloop.label_studio.payloads import AnnotatedTask, Annotation, Prediction
+from labelloop.label_studio.payloads import AnnotatedTask, Annotation, Prediction, TaskMeta
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelFolder, Review
 from labelloop.records import Region, Suspect
@@ -246,7 +246,7 @@ def test_the_first_tab_of_a_project_is_not_the_review(folder: ModelFolder, ledge
 
 def test_boxes_are_suggested_in_pixels_of_their_image(tmp_path: Path, ledger: Ledger, label_studio: DataManager) -> None:
     folder = examples.make_model_folder(tmp_path, "boxes", "detection", ["a"])
-    meta = {"sha256": "a" * 64, "width": 640, "height": 480}
+    meta = TaskMeta(sha256="a" * 64, width=640, height=480)
     annotation = Annotation(id=1, unique_id="u", result=[], updated_at="2026-01-01T00:00:00Z")
     label_studio.annotate(AnnotatedTask(id=20, data={}, meta=meta, annotations=[annotation]))
     missed = Suspect(

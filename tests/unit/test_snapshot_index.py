@@ -132,7 +132,7 @@ def test_the_format_is_raised_when_rows_are_made_otherwise() -> None:
         made(40, "d", [("1", "2026-01-01T00:00:00Z", True, False)]),
     ]
     digest = freeze(some, DIGITS, LABELS)[0].digest
-    assert (FORMAT, digest) == (1, "c8adc13887c4dbf1b615807b16dd07dbc69bc1c7184024409067bc6da016308e")
+    assert (FORMAT, digest) == (2, "c8adc13887c4dbf1b615807b16dd07dbc69bc1c7184024409067bc6da016308e")
 
 
 # What is read
@@ -181,6 +181,23 @@ def test_without_an_end_of_annotating_there_is_a_snapshot() -> None:
     assert model.look()[0].n_annotations > 0
     model.label_studio.meanwhile = lambda: None
     assert model.look() == model.full
+
+
+def test_constant_deletions_do_not_have_a_long_reading_begin_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(*tasks(*range(1, 13)))
+    for _ in range(4):
+        with pytest.raises(ServiceError, match="the next look goes on"):
+            model.look(seconds=-1)
+        model.label_studio.annotated.pop(0)
+    assert model.look()[0].n_annotations == 12, "four have gone since they were read"
+    for _ in range(2):
+        model.label_studio.annotated.pop(0)
+        model.look()
+        assert model.log == ["counts differ, the index is taken as it is: None"]
+        assert len(set(model.label_studio.read)) < 2
+    monkeypatch.setattr(snapshot_index, "_REST_SECONDS", 0)
+    assert model.look() == model.full
+    assert model.log == ["index built anew: the counts differ"]
 
 
 # What is kept

@@ -17,7 +17,7 @@ from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
 from labelloop.dataset import resolution
 from labelloop.errors import LabelStudioError
-from labelloop.label_studio.payloads import AnnotatedTask
+from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelFolder
 from labelloop.records import Interval, LabelsSaved, Promotion, ReviewCase, Takeover, Timing
@@ -117,9 +117,10 @@ def drawn(number: int, label: str, version: int, kept: str) -> AnnotatedTask:
     """A task whose annotator had a version's `kept` before them and said `label`."""
     task = examples.annotated_task(number, label)
     result = examples.annotated_task(number, kept).annotations[0].result
-    shown = {"id": number, "model_version": f"digits v{version}", "result": result}
-    prediction = msgspec.Raw(msgspec.json.encode(shown))
-    return msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], prediction=prediction)])
+    prediction = {"id": number, "model_version": f"digits v{version}", "result": result}
+    exported = msgspec.json.decode(msgspec.json.encode({"id": number, "prediction": prediction}), type=Annotation)
+    annotation = msgspec.structs.replace(task.annotations[0], prediction=exported.prediction)
+    return msgspec.structs.replace(task, annotations=[annotation])
 
 
 def test_versions_with_verdict_difference_and_calibration(busy: Stage) -> None:

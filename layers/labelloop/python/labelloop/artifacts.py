@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 _MAX_OBJECT_BYTES = 2 * 2**30
+_DOWNLOADS = 5  # of an object that is written meanwhile
 _PIECE = 16 * 2**20  # bytes that a download holds at once
 _PART = 5 * 2**20  # bytes; S3's least for a part of an upload
 _CHANGED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")
@@ -178,6 +179,15 @@ class Bucket:
 
     def download(self, key: str, file: Path) -> str | None:
         """Write the object's content into a file, piece by piece; its entity tag, or None when there is no such object."""
+        for _ in range(_DOWNLOADS - 1):
+            try:
+                return self._download(key, file)
+            except ConflictError:
+                continue
+        return self._download(key, file)
+
+    def _download(self, key: str, file: Path) -> str | None:
+        """As `download`. Raises `ConflictError` when somebody has written it meanwhile."""
         try:
             meta = obstore.head(self._store, key)
             with file.open("wb") as content:
@@ -188,6 +198,8 @@ class Bucket:
             return meta["e_tag"]
         except (NotFoundError, FileNotFoundError):
             return None
+        except PreconditionError:
+            raise ConflictError(f"s3://{self.name}/{key} changes while it is read") from None
         except _OBSTORE_ERRORS as error:
             raise StorageError(f"cannot read s3://{self.name}/{key}: {_first_line(error)}") from error
 

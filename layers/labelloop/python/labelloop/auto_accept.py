@@ -167,7 +167,7 @@ def _look(folder: ModelFolder, version: int, project: int, ledger: Ledger, label
 
 def _compared(audit: Audit, task: AnnotatedTask | None, folder: ModelFolder) -> Audit:
     """The audit with its outcome, where a person has annotated the task in a way that can be read."""
-    annotation = task.latest if task is not None and (task.meta or {}).get("sha256") == audit.sha256 else None
+    annotation = task.latest if task is not None and task.shows(audit.sha256) else None
     if audit.right is not None or annotation is None or annotation.by_model:
         return audit
     problem_type = problem_types.of(folder.config.problem_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 
 from labelloop import problem_types
 from labelloop.errors import AnnotationError, ImageError
@@ -12,6 +13,8 @@ from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.model_config import ModelConfig, Splits
 from labelloop.records import ManifestRow, Split
 
+_FIRST_8_BYTES = struct.Struct(">Q")
+
 
 def split_of(group: str, splits: Splits) -> Split:
     """The split of a content group (hex SHA-256): a function of it and the config's seed, so that no image ever moves.
@@ -19,7 +22,7 @@ def split_of(group: str, splits: Splits) -> Split:
     The test split is the holdout. Changing the shares moves only groups across the changed border.
     """
     hashed = hashlib.sha256(f"{splits.seed}:{group}".encode()).digest()
-    position = int.from_bytes(hashed[:8]) / 2**64
+    position = _FIRST_8_BYTES.unpack_from(hashed)[0] * 2**-64
     if position < splits.test:
         return "test"
     if position >= 1 - splits.validation:
@@ -46,9 +49,9 @@ def row_of(task: AnnotatedTask, annotation: Annotation, config: ModelConfig, lab
         image, sha256, group = task.image(label_config.data_key), task.content_hash, task.content_group
     except (AnnotationError, ImageError) as error:
         return str(error)
-    strange = next((region.label for region in regions if region.label not in config.classes), None)
-    if strange is not None:
-        return f"the class {strange!r} is not in config.yaml"
+    for region in regions:
+        if region.label not in config.classes:
+            return f"the class {region.label!r} is not in config.yaml"
     split = split_of(group, config.splits)
     return _unfit_for(split, task, annotation, config.splits) or ManifestRow(
         image=image,
@@ -65,8 +68,8 @@ def row_of(task: AnnotatedTask, annotation: Annotation, config: ModelConfig, lab
 
 def _unfit_for(split: Split, task: AnnotatedTask, annotation: Annotation, splits: Splits) -> str | None:
     """Why a task must not be in its split, or None."""
-    resembled = [split_of(group, splits) for group in task.resembled_groups]
-    if len({one == "test" for one in (split, *resembled)}) == 2:
+    resembled = task.resembled_groups
+    if resembled and any((split_of(group, splits) == "test") != (split == "test") for group in resembled):
         return "the image resembles images of the holdout and of another split"
     if split == "test" and annotation.by_model:
         return "the image is of the holdout, and no person has annotated it"

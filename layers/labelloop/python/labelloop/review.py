@@ -18,7 +18,7 @@ import msgspec
 from labelloop import problem_types
 from labelloop.errors import AnnotationError
 from labelloop.label_studio.client import LabelStudioClient, StoredPrediction
-from labelloop.label_studio.payloads import AnnotatedTask, Annotation, Prediction
+from labelloop.label_studio.payloads import AnnotatedTask, Annotation, Prediction, TaskMeta
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelFolder
 from labelloop.records import ReviewCase, Suspect, now
@@ -103,13 +103,13 @@ def _suspected(suspect: Suspect, task: AnnotatedTask | None, folder: ModelFolder
 
 
 def _annotation(task: AnnotatedTask | None, sha256: str) -> Annotation | None:
-    """The annotation that counts. Label Studio may use a deleted task's id again, hence the image's hash."""
-    return task.latest if task is not None and (task.meta or {}).get("sha256") == sha256 else None
+    """The annotation that counts, where the task still shows the image."""
+    return task.latest if task is not None and task.shows(sha256) else None
 
 
 def _size(task: AnnotatedTask) -> tuple[int, int]:
-    meta = task.meta or {}
-    return int(meta.get("width") or 0), int(meta.get("height") or 0)
+    meta = task.meta or TaskMeta()
+    return int(meta.width or 0), int(meta.height or 0)
 
 
 def _case(model: str, project: int, version: int, suspect: Suspect, annotation: Annotation) -> ReviewCase:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
+from itertools import batched
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,30 +33,32 @@ from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import Snapshot
 
-FORMAT = 1  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
+FORMAT = 2  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
 _OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
-_CACHE_KB = 32_768
+_REST_SECONDS = 3600  # between two readings of all that take several looks: else constant deletions would have them never end
+_CACHE_KB = 8_192
+_PAGE = 32_768
+_LINES = 200
 _TABLES = """
 CREATE TABLE tasks (
   id INTEGER PRIMARY KEY,
   annotations INTEGER NOT NULL,  -- without skips
   skipped TEXT,                  -- why there is no row
-  sha256 BLOB,
-  by_model INTEGER,
-  updated_at TEXT,
-  unique_id TEXT,
+  sha256 TEXT,
+  weight TEXT,                   -- of tasks with the same content the one with the greatest counts
   split TEXT,
-  row BLOB
+  line BLOB                      -- of the manifest, without its end
 );
 CREATE TABLE progress (
   project INTEGER NOT NULL,
   config TEXT NOT NULL,  -- digest of what rows depend on
   since TEXT,            -- what changed up to then has been read; NULL before the first reading has ended
   begun TEXT,            -- what `since` becomes when the reading under way ends
-  after INTEGER NOT NULL DEFAULT 0  -- the task that it has come to
+  after INTEGER NOT NULL DEFAULT 0, -- the task that it has come to
+  ended REAL NOT NULL DEFAULT 0  -- when a reading of all that took several looks ended, in Unix time
 );
 """
 
@@ -67,7 +70,10 @@ class SnapshotIndex:
         self._config, self._label_config, self._project = config, label_config, project
         self._database = sqlite3.connect(file, isolation_level=None)
         # A file that is half-written after a crash is nobody's: it lies in a folder that goes.
-        self._database.executescript(f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{_CACHE_KB};")
+        self._database.executescript(
+            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE; "
+            f"PRAGMA page_size={_PAGE}; PRAGMA cache_size=-{_CACHE_KB};"
+        )
 
     def close(self) -> None:
         self._database.close()
@@ -95,27 +101,32 @@ class SnapshotIndex:
     def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> None:
         """Read what has changed in Label Studio, or everything where the counts say that the index is not what is there.
 
-        Raises `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
+        An index that took several looks is not built anew within the hour, though tasks may have gone. Raises
+        `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
         """
         until = time.monotonic() + seconds
-        begins_anew, before = self._since is None, None
+        since, begun, _ = self._progress
+        begins_anew, goes_on, before = since is None, since is None and begun is not None, None
         for number in range(1, 2 * _ROUNDS + 1):
             there = label_studio.tally(self._project)
             self._read(label_studio, there, until)
+            if goes_on:
+                self._database.execute("UPDATE progress SET ended = ?", (time.time(),))
+                goes_on = False
             if self._holds(there):
                 return
             if there != before and number % _ROUNDS:  # somebody annotates meanwhile
                 before = there
                 continue
-            if begins_anew:
+            if begins_anew or self._was_built_just_now:
                 break
             log("index built anew", model=self._config.name, reason="the counts differ", index=self._counts, there=there)
             self.clear()
             begins_anew, before = True, None
-        log("counts differ", model=self._config.name, index=self._counts, there=there)
+        log("counts differ, the index is taken as it is", model=self._config.name, index=self._counts, there=there)
 
     def _read(self, label_studio: LabelStudioClient, there: Tally, until: float) -> None:
-        since, begun, after = self._database.execute("SELECT since, begun, after FROM progress").fetchone()
+        since, begun, after = self._progress
         if begun is None:
             begun = there.changed_at or ""
             self._database.execute("UPDATE progress SET begun = ?", (begun,))
@@ -132,26 +143,33 @@ class SnapshotIndex:
         """Take in tasks as they are now; one without annotations goes."""
         entries: list[tuple[object, ...]] = []
         gone: list[tuple[int]] = []
+        encode = msgspec.json.Encoder().encode
         for task in tasks:
             annotation = task.latest
             if annotation is None:
                 gone.append((task.id,))
                 continue
-            count = sum(not one.was_cancelled for one in task.annotations)
+            count = 1 if len(task.annotations) == 1 else len(task.counting)
             row = row_of(task, annotation, self._config, self._label_config)
             if isinstance(row, str):
-                entries.append((task.id, count, row, None, None, None, None, None, None))
+                entries.append((task.id, count, row, None, None, None, None))
                 continue
-            weight = (row.by_model, annotation.updated_at, annotation.unique_id)
-            entries.append((task.id, count, None, row.sha256, *weight, row.split, msgspec.json.encode(row)))
+            # A person's before the model's, then the one changed last; a space comes before all that a time holds.
+            weight = f"{'model' if row.by_model else 'person'} {annotation.updated_at} {annotation.unique_id}"
+            entries.append((task.id, count, None, row.sha256, weight, row.split, encode(row)))
         self._database.execute("BEGIN")
-        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?)", entries)
         self._database.executemany("DELETE FROM tasks WHERE id = ?", gone)
         self._database.execute("COMMIT")
 
     @property
-    def _since(self) -> str | None:
-        return self._database.execute("SELECT since FROM progress").fetchone()[0]  # type: ignore[no-any-return]
+    def _progress(self) -> tuple[str | None, str | None, int]:
+        return self._database.execute("SELECT since, begun, after FROM progress").fetchone()  # type: ignore[no-any-return]
+
+    @property
+    def _was_built_just_now(self) -> bool:
+        (ended,) = self._database.execute("SELECT ended FROM progress").fetchone()
+        return bool(time.time() - ended < _REST_SECONDS)
 
     @property
     def _counts(self) -> tuple[int, int]:
@@ -173,15 +191,18 @@ class SnapshotIndex:
             "SELECT skipped, count(*) FROM tasks WHERE skipped IS NOT NULL GROUP BY skipped ORDER BY skipped"
         )))  # fmt: skip
         before = None
-        for sha256, split, row in self._rows():
-            if sha256 == before:
-                skipped["another task shows the same image"] += 1
-                continue
-            before = sha256
-            splits[split] += 1
-            line = row + b"\n"
-            digest.update(line)
-            manifest.write(line)
+        for rows in batched(self._rows(), _LINES, strict=False):
+            lines = []
+            for sha256, split, line in rows:
+                if sha256 == before:
+                    skipped["another task shows the same image"] += 1
+                    continue
+                before = sha256
+                splits[split] += 1
+                lines.append(line)
+            written = b"\n".join([*lines, b""])
+            digest.update(written)
+            manifest.write(written)
         return Snapshot(
             model=self._config.name,
             digest=digest.hexdigest(),
@@ -196,8 +217,7 @@ class SnapshotIndex:
     def _rows(self) -> Iterator[tuple[str, str, bytes]]:
         # The id decides between equals, whatever the order in which they came.
         return self._database.execute(
-            "SELECT sha256, split, row FROM tasks WHERE row IS NOT NULL "
-            "ORDER BY sha256, by_model, updated_at DESC, unique_id DESC, id"
+            "SELECT sha256, split, line FROM tasks WHERE line IS NOT NULL ORDER BY sha256, weight DESC, id"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
+from itertools import batched
 from typing import Any
 from urllib.parse import urlencode
 
@@ -149,7 +150,8 @@ class LabelStudioClient:
     def annotated_tasks(self, project: int, *, since: datetime | None = None, after: int = 0) -> Iterator[list[AnnotatedTask]]:
         """The annotated tasks with their annotations, page by page, by id: all, or those changed later than `since`.
 
-        Ids are above `after`. No answer grows with the project. A task that changes meanwhile may come as it was before.
+        Ids are above `after`; a page is what one export answers, 200 tasks. No answer grows with the project. A task that changes
+        meanwhile may come as it was before.
         """
         changed = [] if since is None else [("updated_at", "greater", "Datetime", since.astimezone(UTC).strftime(_TIME))]
         while True:
@@ -157,10 +159,11 @@ class LabelStudioClient:
             listed = self._annotated_page(project, filters, ordering="tasks:id", limit=_PAGE, fields="id").tasks
             if not listed:
                 return
-            # The listing itself has annotations without their `unique_id` and the prediction that was seen.
-            found = self.annotations_of(project, [task.id for task in listed])
-            if found:
-                yield sorted(found, key=lambda task: task.id)
+            for some in batched(listed, _TASKS, strict=False):
+                # The listing itself has annotations without their `unique_id` and the prediction that was seen.
+                found = self.annotations_of(project, [task.id for task in some])
+                if found:
+                    yield sorted(found, key=lambda task: task.id)
             after = listed[-1].id
 
     def _annotated_page(

@@ -15,40 +15,59 @@ _BY_MODEL = "6c616265-6c6c-8"
 _AT_ONCE = timedelta(seconds=1)  # between the two times that Label Studio notes when it makes an annotation
 
 
-class _Shown(msgspec.Struct, frozen=True):
+class Value(msgspec.Struct, frozen=True, gc=False):
+    """What a region says: the fields of every problem type's tags, whatever they hold. Typed, as dicts take twice as long."""
+
+    choices: Any = None
+    rectanglelabels: Any = None
+    x: Any = None
+    y: Any = None
+    width: Any = None
+    height: Any = None
+    rotation: Any = 0
+
+
+_Otherwise = list[Any] | str | int | float | bool | None  # with an object: all that JSON can hold
+
+
+class DrawnRegion(msgspec.Struct, frozen=True, gc=False):
+    """A region of an annotation's result, as its editor left it."""
+
+    from_name: Any = None
+    type: Any = None
+    value: Value | _Otherwise = None
+    image_rotation: Any = None
+
+
+class _Shown(msgspec.Struct, frozen=True, gc=False):
     model_version: Any = None
     result: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Annotation(msgspec.Struct, frozen=True):
+class Annotation(msgspec.Struct, frozen=True, gc=False):
     """An annotation; `result` is its list of regions, an empty one where the annotator found nothing."""
 
     id: int
     unique_id: str = ""
-    result: list[dict[str, Any]] | None = None
+    result: list[DrawnRegion] | None = None
     was_cancelled: bool = False  # skipped by the annotator
     updated_at: str = ""
     created_at: str = ""
     # Label Studio's copy of the task's prediction by the version shown at the submit; {} without one. It is the larger half of
     # many annotations, and read only by who asks for it.
-    prediction: msgspec.Raw = msgspec.Raw(b"{}")
+    prediction: _Shown | _Otherwise = None
 
     def seen(self, model: str) -> int | None:
         """The version whose prediction the annotator had before them (0: an order without a model); None where there was none."""
-        by = self._shown.model_version
+        by = self.prediction.model_version if isinstance(self.prediction, _Shown) else None
         return version_number(model, by) if isinstance(by, str) else None
 
     @property
-    def shown(self) -> list[dict[str, Any]] | None:
+    def shown(self) -> list[DrawnRegion] | None:
         """The regions of the prediction that the annotator had before them, as a `result`."""
-        return msgspec.json.decode(self._shown.result, type=list[dict[str, Any]] | None)
-
-    @property
-    def _shown(self) -> _Shown:
-        try:
-            return msgspec.json.decode(self.prediction, type=_Shown)
-        except msgspec.MsgspecError:  # null, or whatever else is no prediction
-            return _Shown()
+        if not isinstance(self.prediction, _Shown):
+            return None
+        return msgspec.json.decode(self.prediction.result, type=list[DrawnRegion] | None)
 
     @property
     def by_model(self) -> bool:
@@ -61,12 +80,22 @@ class Annotation(msgspec.Struct, frozen=True):
         return updated - created > _AT_ONCE
 
 
-class AnnotatedTask(msgspec.Struct, frozen=True):
+class TaskMeta(msgspec.Struct, frozen=True, gc=False):
+    """What `ingest` noted of a task's image, if it made the task."""
+
+    sha256: Any = None
+    group: Any = None
+    resembles: Any = None
+    width: Any = None
+    height: Any = None
+
+
+class AnnotatedTask(msgspec.Struct, frozen=True, gc=False):
     """A task with its annotations, as the Data Manager lists them."""
 
     id: int
     data: dict[str, Any]
-    meta: dict[str, Any] | None = None
+    meta: TaskMeta | None = None
     annotations: list[Annotation] = []
 
     @property
@@ -75,8 +104,14 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
 
         An empty one says that there is nothing in the image.
         """
-        counting = (annotation for annotation in self.annotations if not annotation.was_cancelled)
-        return max(counting, key=lambda one: (not one.by_model, one.updated_at, one.id), default=None)
+        if len(self.annotations) == 1 and not self.annotations[0].was_cancelled:  # as most have it
+            return self.annotations[0]
+        return max(self.counting, key=lambda one: (not one.by_model, one.updated_at, one.id), default=None)
+
+    @property
+    def counting(self) -> list[Annotation]:
+        """The annotations without skips."""
+        return [annotation for annotation in self.annotations if not annotation.was_cancelled]
 
     def image(self, data_key: str) -> str:
         """The image's address. Raises `ImageError` when the task has none."""
@@ -85,20 +120,24 @@ class AnnotatedTask(msgspec.Struct, frozen=True):
     @property
     def content_hash(self) -> str:
         """SHA-256 of the image, as `ingest` noted it. Raises `ImageError` for tasks that `ingest` did not make."""
-        value = (self.meta or {}).get("sha256")
+        value = self.meta.sha256 if self.meta else None
         if not isinstance(value, str) or len(value) != 64:
             raise ImageError("the task was not made by labelloop (no sha256 in its meta data)")
         return value
 
+    def shows(self, sha256: str) -> bool:
+        """Whether its image is the one. Label Studio may use a deleted task's id again."""
+        return self.meta is not None and self.meta.sha256 == sha256
+
     @property
     def content_group(self) -> str:
         """The content group that `ingest` noted; an image from before there were any is its own. Raises `ImageError`."""
-        return str((self.meta or {}).get("group") or self.content_hash)
+        return str((self.meta and self.meta.group) or self.content_hash)
 
     @property
     def resembled_groups(self) -> list[str]:
         """The other content groups that the image resembles."""
-        found = (self.meta or {}).get("resembles")
+        found = self.meta.resembles if self.meta else None
         return [str(group) for group in found] if isinstance(found, list) else []
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from labelloop.errors import AnnotationError
 from labelloop.label_studio.label_config import Control, LabelConfig
-from labelloop.label_studio.payloads import Annotation
+from labelloop.label_studio.payloads import Annotation, Value
 from labelloop.records import Metric, ModelCard, ProblemTypeName, Region
 
 if TYPE_CHECKING:
@@ -61,22 +61,27 @@ class Classification:
 
 def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str]:
     """The choices of an annotation's control tag. Raises `AnnotationError` where they are no list of texts."""
-    return [
-        label
-        for region in annotation.result or []
-        if region.get("from_name") == label_config.from_name and region.get("type") == "choices"
-        for label in texts(region.get("value"), "choices")
-    ]
+    labels: list[str] = []
+    for region in annotation.result or []:
+        if region.from_name == label_config.from_name and region.type == "choices":
+            labels += texts(region.value, "choices")
+    return labels
 
 
-def texts(value: Any, key: str) -> list[str]:
+def texts(value: Any, key: Literal["choices", "rectanglelabels"]) -> list[str]:
     """The list of texts under a key of a region's value; none where it is missing. Raises `AnnotationError`."""
-    if not isinstance(value, dict | None):
+    if value is None:
+        return []
+    if not isinstance(value, Value):
         raise AnnotationError("a region's value is no object")
-    found = (value or {}).get(key) or []
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise AnnotationError(f"a region holds no list of texts under {key!r}")
-    return found
+    found = getattr(value, key) or []
+    if isinstance(found, list):
+        for text in found:
+            if not isinstance(text, str):
+                break
+        else:
+            return found
+    raise AnnotationError(f"a region holds no list of texts under {key!r}")
 
 
 def choices_result(regions: Sequence[Region], label_config: LabelConfig) -> list[dict[str, Any]]:

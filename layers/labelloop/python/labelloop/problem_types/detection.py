@@ -6,11 +6,11 @@ Label Studio measures regions in percent of the image; here boxes are shares of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from labelloop.errors import AnnotationError, RequestError
 from labelloop.label_studio.label_config import Control, LabelConfig
-from labelloop.label_studio.payloads import Annotation
+from labelloop.label_studio.payloads import Annotation, DrawnRegion
 from labelloop.problem_types.classification import texts
 from labelloop.records import Box, BoxRules, Metric, ModelCard, ProblemTypeName, Region
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 FLOOR = 0.05  # score under which a box is not considered, as in COCO's evaluations
-_NUMBERS = (int, float)  # a union would be made anew at each call
 _UPRIGHT = 0.01  # degrees
 _FAR = 1e9  # percent, or degrees: more is no number that an editor makes
 _SAME = 0.5  # IoU from which two boxes are one thing, as in the metric
-_KIND = "rectanglelabels"  # of the regions, and the key of their classes
+_KIND: Literal["rectanglelabels"] = "rectanglelabels"  # of the regions, and the key of their classes
 
 
 class Detection:
@@ -43,7 +42,7 @@ class Detection:
         return [
             _rectangle(region)
             for region in annotation.result or []
-            if region.get("from_name") == label_config.from_name and region.get("type") == _KIND
+            if region.from_name == label_config.from_name and region.type == _KIND
         ]
 
     def result(self, regions: Sequence[Region], label_config: LabelConfig, size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -194,34 +193,35 @@ def _percent(box: Box) -> dict[str, float]:
     return {"x": left, "y": top, "width": right - left, "height": bottom - top}
 
 
-def _rectangle(region: dict[str, Any]) -> Region:
-    value: Any = region.get("value")
+def _rectangle(region: DrawnRegion) -> Region:
+    value: Any = region.value
     labels = texts(value, _KIND)
     if len(labels) != 1:
         raise AnnotationError(f"a rectangle has {len(labels)} classes instead of one")
-    turned = _number(value.get("rotation", 0)) % 360
-    if min(turned, 360 - turned) > _UPRIGHT:
+    turned = _number(value.rotation) % 360
+    if turned > _UPRIGHT and 360 - turned > _UPRIGHT:
         raise AnnotationError('a rectangle is turned; draw it upright (the label config can forbid it: canRotate="false")')
-    if _number(region.get("image_rotation") or 0) % 360:
+    if region.image_rotation and _number(region.image_rotation) % 360:
         raise AnnotationError("the image was turned in the editor; draw rectangles on the upright image")
-    return Region(label=labels[0], box=_box(value))
+    return Region(label=labels[0], box=_box(value.x, value.y, value.width, value.height))
 
 
-def _box(value: dict[str, Any]) -> Box:
+def _box(x: Any, y: Any, width: Any, height: Any) -> Box:
     """A rectangle in percent as shares, cut at the image's border."""
-    x, y = _number(value.get("x")) / 100, _number(value.get("y")) / 100
-    width, height = _number(value.get("width")) / 100, _number(value.get("height")) / 100
-    left, top = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
-    right, bottom = min(max(x + width, 0.0), 1.0), min(max(y + height, 0.0), 1.0)
+    left, top = _number(x) / 100, _number(y) / 100
+    right, bottom = left + _number(width) / 100, top + _number(height) / 100
+    if left < 0.0 or top < 0.0 or right > 1.0 or bottom > 1.0:
+        left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in (left, top, right, bottom))
     if right <= left or bottom <= top:
         raise AnnotationError("a rectangle has no area inside the image")
     return left, top, right, bottom
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS) or not abs(value) < _FAR:
-        raise AnnotationError(f"a rectangle holds {type(value).__name__} where a number should be")
-    return float(value)
+    kind = type(value)
+    if (kind is float or kind is int) and -_FAR < value < _FAR:
+        return value  # type: ignore[no-any-return]
+    raise AnnotationError(f"a rectangle holds {kind.__name__} where a number should be")
 
 
 def _prompt(context: Any) -> tuple[str | None, Box]:
@@ -238,7 +238,7 @@ def _prompt(context: Any) -> tuple[str | None, Box]:
                 x, y = (_number(value.get(key)) / 100 for key in ("x", "y"))
                 return label, (x, y, x, y)
             if str(region.get("type")).startswith("rectangle"):
-                return label, _box(value)
+                return label, _box(*(value.get(key) for key in ("x", "y", "width", "height")))
         except AnnotationError as error:
             raise RequestError(f"the interactive tool's region cannot be used: {error}") from error
     raise RequestError("the context holds no rectangle and no keypoint")
