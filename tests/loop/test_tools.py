@@ -582,7 +582,7 @@ def test_two_thousand_images_with_twenty_broken_ones(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_upload_stops_at_once(project: Project, tmp_path: Path, number: signal.Signals) -> None:
-    good, _ = pictures(tmp_path, 600, 1, seed=3 + number)
+    good, _ = pictures(tmp_path, 3000, 1, seed=3 + number)
     bucket, prefix = project.deployment.images, project.folder.config.images_prefix
     before = len(bucket.keys(prefix))
     line, environment = command(project, "upload-images", MODEL, str(tmp_path))
