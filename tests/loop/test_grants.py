@@ -170,8 +170,8 @@ class Works:
         return self._are_answers(answer.get("results", []))
 
     def _two_tasks(self) -> list[dict[str, Any]]:
-        """An image of the bucket, and an upload that Label Studio does not have."""
-        addresses = [self._loop.address(self._loop.data[0]), "/data/upload/1/never-there.png"]
+        """An image of the bucket, and a file that Label Studio refuses; of an upload that is not there it answers 500."""
+        addresses = [self._loop.address(self._loop.data[0]), "/data/local-files/?d=never-there.png"]
         return [{"id": NO_TASK + number, "data": {"image": address}} for number, address in enumerate(addresses)]
 
     def _are_answers(self, results: list[dict[str, Any]]) -> bool:
