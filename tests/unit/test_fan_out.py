@@ -20,7 +20,7 @@ from labelloop.artifacts import Champions
 from labelloop.errors import ImageError, LabelloopError, LateError, ServiceError, StorageError
 from labelloop.fan_out import FanOut
 from labelloop.label_studio.payloads import PredictTask
-from labelloop.predict import PART, QUEUED, Part, PartPredictor, Predicted, Predictor, TaskPredictor
+from labelloop.predict import LAST_IMAGE, PART, QUEUED, Part, PartPredictor, Predicted, Predictor, TaskPredictor
 from labelloop.prelabel_queue import RANGE, PrelabelQueue
 from labelloop.records import Champion, TaskRange
 from tests import examples
@@ -186,7 +186,7 @@ def test_where_there_is_no_room_until_the_end_a_part_is_queued(service: Service,
 
     service.functions.meanwhile = full
     ids = list(range(3 * PART))
-    found = scores(service.ask(ids, seconds=fan_out._LAST_IMAGE + 0.5))
+    found = scores(service.ask(ids, seconds=LAST_IMAGE + 0.5))
     assert found == [None if PART <= number < 2 * PART else number for number in ids]
     assert service.queue.ids == list(range(PART, 2 * PART))
 
@@ -230,7 +230,7 @@ def test_a_part_that_does_not_answer_in_time_is_queued(service: Service, monkeyp
     over = Event()
     service.functions.meanwhile = lambda part: over.wait(60) and None if first_of(part) == 0 else None
     try:
-        found = scores(service.ask(range(2 * PART), seconds=fan_out._LAST_IMAGE + 1.5))
+        found = scores(service.ask(range(2 * PART), seconds=LAST_IMAGE + 1.5))
         assert found == [None] * PART + list(range(PART, 2 * PART))
         assert service.queue.ids == list(range(PART))
     finally:

@@ -19,11 +19,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 from labelloop import aws
 from labelloop.errors import ServiceError
 from labelloop.label_studio.payloads import PredictTask
-from labelloop.predict import MAX_TASKS, PART, Part
+from labelloop.predict import LAST_IMAGE, MAX_TASKS, PART, Part
 from labelloop.prelabel_queue import PrelabelQueue, asked_ranges
 from labelloop.records import Champion
 
-_LAST_IMAGE = 2.0  # seconds before the end, in which a part finishes an image that it has begun, and answers
 _SHORTEST, _LONGEST = 0.25, 2.0  # seconds between two tries of what Lambda had no room for
 _THROTTLED = "TooManyRequestsException"
 
@@ -52,12 +51,12 @@ class FanOut:
 
     def predict(self, champion: Champion, tasks: Sequence[PredictTask], *, until: float) -> list[msgspec.Raw | None]:
         """Each task's entry of the answer, in JSON; None where none came. It returns by `until` (`time.monotonic`)."""
-        if time.monotonic() >= until - _LAST_IMAGE:
+        if time.monotonic() >= until - LAST_IMAGE:
             return [None] * len(tasks)
         size = math.ceil(len(tasks) / math.ceil(len(tasks) / PART))  # parts of one size are done at one time
         parts = list(batched(tasks, size, strict=False))
         pool = ThreadPoolExecutor(len(parts))
-        last = until - _LAST_IMAGE
+        last = until - LAST_IMAGE
         by_clock = time.time() + last - time.monotonic()
         requests = [msgspec.json.encode(Part(champion, list(part), by_clock)) for part in parts]
         answers = [pool.submit(self._ask, request, last) for request in requests]

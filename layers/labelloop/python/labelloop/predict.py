@@ -65,7 +65,7 @@ PART = 50  # tasks that are predicted by one invocation; above, a request is spl
 MAX_ANSWER = 6 * 2**20 - 2**16  # bytes, of the answers as Lambda sends them, in 6 MB with their wrapping
 QUEUED = NotPredicted("queued: there was no time or room for its prediction, which is imported afterwards")
 _TO_ANSWER = 5.0  # seconds to queue what is late and to answer; a cold start before the function's own time is in them, too
-_LAST_IMAGE = 2.0  # seconds before that, in which an image that was begun is finished
+LAST_IMAGE = 2.0  # seconds before that, in which an image that was begun is finished, and a part answers
 _USUAL_BYTES = 2 * 2**20  # of an image's file; that many a thread are always there, larger ones wait for room
 _ROOM = imaging.MAX_BYTES  # for any file that is read
 # As glibc's malloc.h has them: blocks from so many bytes on go back to the system when they are freed, and so does what is
@@ -305,7 +305,7 @@ class Predictor:
         if len(tasks) > PART and not context:
             found = self._elsewhere().predict(champion, tasks, until=until)
         else:
-            until = math.inf if context else until - _LAST_IMAGE
+            until = math.inf if context else until - LAST_IMAGE
             found = _entries(self._tasks, champion, tasks, context, until=until, log=self._log)
         return PredictResponse(self._complete(model, tasks, found), version)
 
