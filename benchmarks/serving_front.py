@@ -16,8 +16,8 @@ import hashlib
 import importlib.util
 import sys
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -31,8 +31,9 @@ def serve_predict(port: int) -> None:
         raise FileNotFoundError(HANDLER)
     function = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(function)
-    ThreadingHTTPServer.request_queue_size = 64
-    ThreadingHTTPServer((LOOPBACK, port), _front(function)).serve_forever()
+    ThreadingTCPServer.request_queue_size = 64
+    ThreadingTCPServer.daemon_threads = True
+    ThreadingTCPServer((LOOPBACK, port), _front(function)).serve_forever()
 
 
 def event(model: str, route: str, body: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def event(model: str, route: str, body: str) -> dict[str, Any]:
     }
 
 
-def _front(function: ModuleType) -> type[BaseHTTPRequestHandler]:
+def _front(function: ModuleType) -> type[StreamRequestHandler]:
     context = SimpleNamespace(
         function_name="predict",
         memory_limit_in_mb=1769,
@@ -59,24 +60,22 @@ def _front(function: ModuleType) -> type[BaseHTTPRequestHandler]:
         get_remaining_time_in_millis=lambda: 29_000,
     )
 
-    class Front(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            model, route = self.path.strip("/").split("/")
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            answer = function.handler(event(model, route, body), context)
-            self._answer(answer["statusCode"], answer["body"].encode())
-
-        def do_GET(self) -> None:
-            self._answer(200, b"{}")
-
-        def _answer(self, status: int, body: bytes) -> None:
-            head = f"HTTP/1.1 {status} .\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            self.wfile.write(head.encode() + body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
+    class Front(StreamRequestHandler):
+        def handle(self) -> None:
+            while asked := self.rfile.readline():
+                length = 0
+                while (line := self.rfile.readline().lower()) not in (b"\r\n", b""):
+                    if line.startswith(b"content-length:"):
+                        length = int(line.partition(b":")[2])
+                method, path, _ = asked.decode().split(" ")
+                status, body = 200, "{}"
+                if method == "POST":
+                    model, route = path.strip("/").split("/")
+                    answer = function.handler(event(model, route, self.rfile.read(length).decode()), context)
+                    status, body = answer["statusCode"], answer["body"]
+                content = body.encode()
+                head = f"HTTP/1.1 {status} .\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+                self.wfile.write(head.encode() + content)
 
     return Front
 

@@ -93,7 +93,7 @@ def _measured(model: Model, file: Path, made: Path, data: Dataset, config: Model
     before, after = race([model, int8], some, _ROUNDS)
     figures = Int8(chosen=False, reason="", ms_float=before, ms_int8=after, cpu=cpu())
     times = f"{after:.1f} ms a run instead of {before:.1f} on {figures.cpu}"
-    if after > (1 - _GAIN) * before:
+    if not saves(before, after):
         return msgspec.structs.replace(figures, reason=f"int8 saves less than {_GAIN:.0%} of the time: {times}")
     ours, theirs = (predict(each, validation.pixels) for each in (int8, model))
     comparison = compare(validation.rows, ours, theirs, card, card, gate)
@@ -104,6 +104,11 @@ def _measured(model: Model, file: Path, made: Path, data: Dataset, config: Model
     chosen = not_worse(comparison, gate)
     reason = f"{times}; {versus}" if chosen else f"int8 is worse, or may be: {versus}; {times}"
     return msgspec.structs.replace(figures, chosen=chosen, reason=reason, difference=comparison.difference)
+
+
+def saves(before: float, after: float) -> bool:
+    """Whether a run that takes so many milliseconds with int8 is worth it."""
+    return after <= (1 - _GAIN) * before
 
 
 def quantize(file: Path, pixels: Pixels, made: Path, card: ModelCard) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from labelloop.records import Region
 
 def contestant(name: str) -> Contestant:
     process: Any = SimpleNamespace()
-    return Contestant(name, 1, process)
+    return Contestant(name, 1, process, "photos" if name == OURS else None)
 
 
 def test_ratios_are_reckoned_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,14 +31,14 @@ def test_ratios_are_reckoned_round_by_round(monkeypatch: pytest.MonkeyPatch) -> 
     figures = Figures(limits={"classification, small": [10.0]})
     serving.summarise([ours, peer], [scenario], figures)
     row = next(row for row in figures.rows if row["contestant"] == "peer")
-    assert (row["ours_faster"], row["ours_sooner"], row["ours_cpu_less"], row["cpu_of_limit"]) == (10, 10, 2, 2.5)
+    assert (row["ahead"], row["cpu_of_limit"]) == ({OURS: {"faster": 10, "sooner": 10, "cheaper": 2}}, 2.5)
     assert "| peer, classification | 100 | 50% | 2.0e-04 |" in serving.table(figures)
 
 
 def test_a_prediction_is_compared_box_by_box(monkeypatch: pytest.MonkeyPatch) -> None:
     value = {"x": 10, "y": 20, "width": 30, "height": 40, "rectanglelabels": ["1"]}
     results = [{"result": [{"value": value, "score": 0.5}]}, {"result": []}]
-    monkeypatch.setattr(serving.Client, "ask", lambda *_: (1.0, results))
+    monkeypatch.setattr(serving.Client, "ask", lambda *_: (1.0, json.dumps({"results": results}).encode()))
     one = contestant("peer")
     said = [[Region(label="1", box=(0.1, 0.2, 0.41, 0.6), score=0.5)], [Region(label="2", box=(0, 0, 1, 1), score=0.9)]]
     serving.compare(one, Scenario("detection", "small", 1, 1, 0, 1), 1, said)

@@ -37,7 +37,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_REDUCING_GAP = 1.5  # a picture this many times too large is first averaged over whole blocks: two thirds of resizing's time
+_REDUCING_GAP = 1.1  # a picture twice this many times too large is first averaged over whole blocks: a fifth less time, at least
 _BLOCK = 8 * 2**20  # bytes that decoders are handed at a time; a file below that is not copied for them
 _SMALL = 16_000_000  # bytes; several images of that are decoded at once, of the others one
 _LARGE_ONES = Lock()
