@@ -23,7 +23,7 @@ from labelloop.errors import AnnotationError, ImageError, LabelloopError, Storag
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
 from training_jobs.job import TrainingJob
-from training_jobs.kept import KeptImages
+from training_jobs.kept import Kept, recipe
 from training_jobs.phases import Phases
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -93,7 +93,7 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
     pixels = _room((len(rows), card.height, card.width, 1 if card.mode == "L" else 3), job.folder)
     hashes = [row.sha256 for row in rows]
     phases.begin("read")
-    kept = KeptImages(job.cache, card) if job.cache else None
+    kept = Kept(job.cache, f"decoded/{recipe(card)}", "decoded images") if job.cache else None
     missing = kept.fill(pixels, hashes) if kept else list(range(len(rows)))
     phases.begin("decode")
 

@@ -105,7 +105,7 @@ def fit(
     `card` is the trained model's; `report` hears of every epoch. SIGTERM saves the state to `checkpoint` and ends the
     process; a checkpoint of the same config is gone on from. Raises `ConfigError` when the loss is no number any more.
     """
-    training = _Training(network, data.train, config, card, augment)
+    training = _Training(network, data.train, config, augment)
     done = training.resume(checkpoint)
     epochs, steps = config.hyperparameters.epochs, training.steps_an_epoch
     with stop_noted() as stop:
@@ -125,7 +125,7 @@ def fit(
                 raise ConfigError(
                     "config.yaml", f"the loss is {loss} after epoch {epoch + 1}; try less", "hyperparameters.learning_rate"
                 )
-            validation = training.score(data.validation) if data.validation.measurable else None
+            validation = score(training.average.module, data.validation, config, card) if data.validation.measurable else None
             report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), seconds, batches.numel(), waited))
             if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
                 training.save(checkpoint, (epoch + 1) * steps)
@@ -140,6 +140,13 @@ def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[R
         with torch.inference_mode():
             outputs = [output.cpu().numpy() for output in heads(to_network(batch.to(device)))]
         yield from (problem_type.candidates(image, card) for image in zip(*outputs, strict=True))
+
+
+def score(network: nn.Module, examples: Examples, config: ModelConfig, card: ModelCard) -> float:
+    """The metric of a network, which is left in evaluation mode."""
+    kind = problem.of(config.problem_type)
+    kept = [kind.kept(found, card) for found in candidates(kind.heads(network).eval(), examples.pixels, card)]
+    return kind.scores(examples.rows, kept, config.classes, version=0).value
 
 
 class HalfPrecision(nn.Module):
@@ -166,10 +173,9 @@ def on_gpu(network: nn.Module, *, compiled: bool) -> nn.Module:
 class _Training:
     """The state of a training: weights, their average and the optimizer's memory."""
 
-    def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, card: ModelCard, augment: Augment) -> None:
-        self._config, self._hyperparameters, self._card = config, config.hyperparameters, card
-        self._problem = problem.of(config.problem_type)
-        self._examples, self._loss = len(examples), self._problem.loss(examples.rows, config, augment)
+    def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, augment: Augment) -> None:
+        self._config, self._hyperparameters, kind = config, config.hyperparameters, problem.of(config.problem_type)
+        self._examples, self._loss = len(examples), kind.loss(examples.rows, config, augment)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.feed = Feed(examples.pixels, self._device)
         self.steps_an_epoch = max(math.ceil(len(examples) / self._hyperparameters.batch_size), _STEPS_AN_EPOCH)
@@ -179,7 +185,6 @@ class _Training:
         decay = max(0.0, 1 - 1 / (_AVERAGED * self._steps))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self._network, multi_avg_fn=average, use_buffers=True).eval()
-        self._heads = self._problem.heads(self.average.module)
         self._optimizer = torch.optim.AdamW(
             self._network.parameters(), weight_decay=self._hyperparameters.weight_decay, fused=self._device.type == "cuda"
         )
@@ -187,7 +192,7 @@ class _Training:
         if self._device.type == "cuda":
             self._forward = on_gpu(self._network, compiled=self._steps >= _COMPILED_FROM and config.problem_type != "detection")
         else:
-            torch.set_num_threads(threads(self._heads, config))
+            torch.set_num_threads(threads(kind.heads(self.average.module), config))
 
     def batches(self, epoch: int) -> Tensor:
         """The epoch's batches as numbers of examples, `[steps, batch]`. All are full; a small set comes round several times."""
@@ -212,11 +217,6 @@ class _Training:
         """A short rise, then half a cosine down to nothing."""
         share = (step + 1) / self._steps
         return self._hyperparameters.learning_rate * min(1.0, share / _WARM_UP) * (1 + math.cos(math.pi * share)) / 2
-
-    def score(self, examples: Examples) -> float:
-        """The metric of the averaged weights."""
-        kept = [self._problem.kept(found, self._card) for found in candidates(self._heads, examples.pixels, self._card)]
-        return self._problem.scores(examples.rows, kept, self._config.classes, version=0).value
 
     def save(self, file: Path, steps: int) -> None:
         """Whole or not at all: a machine may be taken away at any moment."""

@@ -64,6 +64,16 @@ class Logits(Heads):
             logits = self.network(images)
         return logits, last.embedding(images.shape[0])
 
+    def last_layer(self, images: Tensor) -> nn.Linear | None:
+        """The layer that makes logits of embeddings, where nothing but it stands between them; tried out on these images."""
+        last = _LastGiven()
+        with torch.no_grad(), last.watching(self.network):
+            logits = self.network(images)
+            layer, embedding = last.layer, last.embedding(images.shape[0])
+            if not isinstance(layer, nn.Linear) or layer.bias is None or embedding.shape[1] != layer.in_features:
+                return None
+            return layer if torch.equal(layer(embedding), logits) else None
+
 
 class _LastGiven:
     """What the last linear layer to run was given, in the order of the runs, which that of the layers' names need not be."""
@@ -81,6 +91,10 @@ class _LastGiven:
 
     def _note(self, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         self._last = layer, given[0]
+
+    @property
+    def layer(self) -> nn.Module | None:
+        return self._last[0] if self._last else None
 
     def embedding(self, images: int) -> Tensor:
         """`[images, D]`: the mean over the image's places. A wide one has neighbours averaged: in flattened maps, places."""

@@ -17,10 +17,12 @@ import msgspec
 
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ManifestRow, ModelCard, Region
-from training_jobs import network, problem
+from training_jobs import network, probe, problem
 from training_jobs.dataset import Dataset, Examples, Pixels
+from training_jobs.embeddings import Embeddings
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.fit import candidates as candidates_of
+from training_jobs.probe import Seen
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +30,14 @@ _IMAGES_A_FOLD = 10  # with fewer, the other folds leave too little to learn fro
 
 
 def candidates(
-    folder: ModelFolder, weights: Path | None, data: Dataset, card: ModelCard, checkpoint: Path
+    folder: ModelFolder, weights: Path | None, data: Dataset, card: ModelCard, checkpoint: Path, seen: Seen | None = None
 ) -> list[list[Region]] | None:
     """All that a model which never saw it takes into consideration for each image of the train split, in the rows' order.
 
     None where there are too few images. `weights` is what the job's own network started from; `card` says how outputs are
-    read. Each fold keeps a checkpoint beside `checkpoint`, so that a restarted job trains what was not trained yet.
-    Repeatable as `fit` is, whatever torch's random numbers were before.
+    read; `seen` is what a linear probe goes by, where the job's own began with one. Each fold keeps a checkpoint beside
+    `checkpoint`, so that a restarted job trains what was not trained yet. Repeatable as `fit` is, whatever torch's random
+    numbers were before.
     """
     count, train = folder.config.review.folds, data.train
     folds = [fold_of(row.group, count) for row in train.rows]
@@ -47,7 +50,8 @@ def candidates(
         others = [number for number, its in enumerate(folds) if its != fold]
         log.info("out-of-fold model %d of %d: %d images to train on, %d to examine", fold + 1, count, len(others), len(own))
         file = checkpoint.with_stem(f"fold-{fold + 1}-of-{count}")
-        said = _examined(train.pixels[own], folder, weights, _part(train, others), card, file)
+        features = seen.features[others] if seen else None
+        said = _examined(train.pixels[own], folder, weights, _part(train, others), features, card, file)
         for number, regions in zip(own, said, strict=True):
             found[number] = regions
     return found
@@ -75,12 +79,20 @@ def _part(examples: Examples, numbers: Sequence[int]) -> Examples:
 
 
 def _examined(
-    pixels: Pixels, folder: ModelFolder, weights: Path | None, others: Examples, card: ModelCard, checkpoint: Path
+    pixels: Pixels,
+    folder: ModelFolder,
+    weights: Path | None,
+    others: Examples,
+    features: Embeddings | None,
+    card: ModelCard,
+    checkpoint: Path,
 ) -> list[list[Region]]:
     """What a model trained on `others` says of images."""
     config, kind = shortened(folder.config), problem.of(folder.config.problem_type)
     make_repeatable(config.hyperparameters.seed, exact=kind.exact)
     fresh, augment = network.build(folder, weights)
+    if features is not None:
+        probe.start(fresh, folder, others, features)
     nothing = _part(others, [])
     trained = fit(fresh, Dataset(others, nothing, nothing), config, card, augment, checkpoint, _note)
     return list(candidates_of(kind.heads(trained), pixels, card))

@@ -29,12 +29,13 @@ from labelloop.records import (
     ManifestRow,
     Metric,
     ModelCard,
+    Probe,
     Region,
     Split,
     Timing,
 )
 from labelloop.settings import Settings
-from training_jobs import architectures, calibration, dataset, network, out_of_fold, problem, quantization, report_page
+from training_jobs import architectures, calibration, dataset, network, out_of_fold, probe, problem, quantization, report_page
 from training_jobs.auto_accept import accept_from
 from training_jobs.comparison import compare
 from training_jobs.dataset import Dataset, Pixels
@@ -44,6 +45,7 @@ from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import TrainingJob, exit_when_stopped, report_failure
 from training_jobs.labels_saved import labels_saved
 from training_jobs.phases import Phases
+from training_jobs.probe import Seen
 from training_jobs.suspicion import suspects
 from training_jobs.tracking import Run
 
@@ -71,15 +73,22 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     fresh, augment = network.build(folder, weights)
     with Run(job) as run:
         run.parameters(parameters(job, config, data))
+        seen = probed = probing = None
+        if weights:
+            phases.begin("probe")
+            seen = probe.look(fresh, folder, card, data.train, job.cache)
+            probed = probe.start(fresh, folder, data.train, seen.features) if seen else None
         phases.begin("fit")
         trained = fit(fresh, data, config, card, augment, job.checkpoint, lambda epoch: note(epoch, metric, run, phases))
+        if seen and probed:
+            trained, probing = probe.better(probed, trained, data, config, card, seen)
         phases.begin("export")
         exported, parity = export(trained, card, data.test.pixels, job.onnx)
         phases.begin("int8")
         served, int8 = quantization.choose(exported, job.onnx, data, config, predict)
         calibrated = stamp(job.onnx, calibrate(served, data))
         phases.begin("out-of-fold")
-        unseen = predict_unseen(calibrated, folder, weights, data, job)
+        unseen = predict_unseen(calibrated, folder, weights, data, job, seen)
         phases.begin("evaluate")
         parts = (data.train.pixels, data.test.pixels)
         train_split, holdout = (
@@ -87,7 +96,7 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
         )
         challenger = stamp(job.onnx, inform(calibrated.card, unseen, train_split, config))
         saved = labels_saved(data.train.rows, train_split, data.test.rows, holdout, config)
-        evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity, int8)
+        evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity, int8, probing)
         phases.begin("record")
         return record(job, evaluation, run, data, phases)
 
@@ -168,13 +177,15 @@ class Unseen:
         return [found for row, found in zip(self.rows, self.candidates, strict=True) if row.split in splits]
 
 
-def predict_unseen(model: Model, folder: ModelFolder, weights: Path | None, data: Dataset, job: TrainingJob) -> Unseen:
+def predict_unseen(
+    model: Model, folder: ModelFolder, weights: Path | None, data: Dataset, job: TrainingJob, seen: Seen | None
+) -> Unseen:
     """What the model says of validation split and holdout; and, where the config asks for it, others of the train split."""
     rows, found = [*data.validation.rows, *data.test.rows], []
     for examples in (data.validation, data.test):
         found += candidates(model, examples.pixels)
     if folder.config.review.limit or folder.config.auto_accept:
-        others = out_of_fold.candidates(folder, weights, data, model.card, job.checkpoint)
+        others = out_of_fold.candidates(folder, weights, data, model.card, job.checkpoint, seen)
         if others is not None:
             rows, found = [*data.train.rows, *rows], [*others, *found]
     return Unseen(rows, found)
@@ -201,6 +212,7 @@ def evaluate(
     saved: LabelsSaved | None,
     parity: float,
     int8: Int8,
+    probing: Probe | None,
 ) -> Evaluation:
     """The report on challenger and champion over the holdout; run and version are not known yet.
 
@@ -234,6 +246,7 @@ def evaluate(
         onnx_sha256=hashlib.sha256(job.onnx.read_bytes()).hexdigest(),
         parity=parity,
         int8=int8,
+        probe=probing,
         gate=config.gate,
         comparison=compare(rows, found, before, card, champion.card, config.gate) if champion and before else None,
         calibration_error=calibration.calibration_error(config.problem_type, rows, unseen.of("test"), classes),
@@ -277,6 +290,7 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run, data: Dataset, ph
             "job_name": evaluation.job_name,
             "holdout_images": len(evaluation.holdout),
             **quantization.tags(evaluation.int8),
+            **({"linear_probe": "serves" if evaluation.probe.chosen else "the fit began with it"} if evaluation.probe else {}),
         }
     )
     numbered = msgspec.structs.replace(challenger, version=version)

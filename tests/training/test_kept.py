@@ -100,7 +100,7 @@ def test_what_is_damaged_is_decoded_anew_and_kept_anew(
             trainings.bucket.put(note, b'{"images": 3, "sha256": ""}')
     healed = trainings.load(rows, images)
     assert healed.decoded == len(rows)
-    assert "decoded anew" in caplog.text
+    assert "made anew" in caplog.text
     assert same(healed, sound)
     assert trainings.load(rows, []).decoded == 0
 

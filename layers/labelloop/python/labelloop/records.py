@@ -212,6 +212,19 @@ class Int8(Record, frozen=True, kw_only=True):
     cpu: str = ""
 
 
+class Probe(Record, frozen=True, kw_only=True):
+    """The linear probe that a training began with: the metric on the validation split, of it and of the fitted network.
+
+    None where the split is too small to measure anything. `chosen`: it serves, since it was better. `kept`: images whose
+    features an earlier job had kept.
+    """
+
+    kept: int
+    value: float | None
+    fitted: float | None
+    chosen: bool
+
+
 class HoldoutImage(Record, frozen=True, kw_only=True):
     """One holdout image: what the annotator and each model say of it. A detector's unsure boxes are there too."""
 
@@ -275,6 +288,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
     suspects: list[Suspect]  # the worst first
     champion_annotations: int | None = None  # that the champion was trained on
     int8: Int8 | None = None  # None in reports of before it was tried
+    probe: Probe | None = None  # None where training starts from no weights, or the network does not end in a linear layer
     verdict: Verdict = "undecided"  # of the gate, if nothing else takes over meanwhile
     reason: str = ""
     timing: Timing | None = None
