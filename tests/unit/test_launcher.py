@@ -10,14 +10,14 @@ import botocore.model
 import botocore.session
 import msgspec
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from botocore.stub import Stubber
 from botocore.validate import ParamValidator
 
 from labelloop import launcher
 from labelloop.errors import TrainingServiceError
 from labelloop.launcher import Launcher, job_name, training_request
-from labelloop.model_config import Architecture, Training
+from labelloop.model_config import Architecture, ModelConfig, Training
 from labelloop.settings import Settings
 from tests import examples
 
@@ -188,6 +188,55 @@ def test_a_job_that_was_started_already_is_fine() -> None:
 def test_a_refused_job_is_a_training_service_error(code: str) -> None:
     with pytest.raises(TrainingServiceError, match=JOB.job_name):
         Launcher(SETTINGS, error("create_training_job", code)).start(examples.DIGITS, JOB, None)
+
+
+class Quotas:
+    """SageMaker of an account that may use some types of instances only."""
+
+    def __init__(self, *allowed: str) -> None:
+        self._allowed, self.asked = allowed, list[str]()
+
+    def create_training_job(self, **request: Any) -> None:
+        self.asked.append(request["ResourceConfig"]["InstanceType"])
+        if self.asked[-1] not in self._allowed:
+            raise ClientError({"Error": {"Code": "ResourceLimitExceeded", "Message": "limit is 0"}}, "CreateTrainingJob")
+
+
+def with_fallbacks(*types: str) -> ModelConfig:
+    return changed_training(fallback_instance_types=list(types))
+
+
+def changed_training(**changes: Any) -> ModelConfig:
+    config = examples.DIGITS
+    return msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, **changes))
+
+
+def test_without_a_quota_the_next_type_is_taken() -> None:
+    sagemaker = Quotas("ml.g4dn.xlarge")
+    Launcher(SETTINGS, sagemaker).start(with_fallbacks("ml.g6.xlarge", "ml.g4dn.xlarge"), JOB, None)
+    assert sagemaker.asked == ["ml.g5.xlarge", "ml.g6.xlarge", "ml.g4dn.xlarge"]
+
+
+def test_after_a_shortage_the_next_type_comes_first() -> None:
+    sagemaker, short = Quotas("ml.g6.xlarge"), msgspec.structs.replace(JOB, shortages=1)
+    Launcher(SETTINGS, sagemaker).start(with_fallbacks("ml.g6.xlarge"), short, None)
+    assert sagemaker.asked == ["ml.g6.xlarge"]
+    assert with_fallbacks("ml.g6.xlarge").training.instance_types(2) == ["ml.g5.xlarge", "ml.g6.xlarge"]
+
+
+def test_without_any_quota_the_error_says_what_to_do() -> None:
+    with pytest.raises(TrainingServiceError, match=r"raise the quota, or name other instances under training.fallback_inst"):
+        Launcher(SETTINGS, Quotas()).start(with_fallbacks("ml.g6.xlarge"), JOB, None)
+
+
+@pytest.mark.parametrize(
+    ("failure", "none"),
+    [("CapacityError: Unable to provision requested ML compute capacity.", True), ("AlgorithmError: CapacityError", False)],
+)
+def test_a_shortage_of_machines_is_no_failure_of_the_job(failure: str, none: bool) -> None:
+    state = Launcher(SETTINGS, Describes(TrainingJobStatus="Failed", FailureReason=failure)).state("job-1")
+    assert state is not None
+    assert state.no_machine is none
 
 
 def test_a_started_job_is_the_request_of_the_contract() -> None:

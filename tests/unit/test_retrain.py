@@ -264,6 +264,23 @@ def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
     assert head.trained.n_annotations == 101
 
 
+def test_where_aws_has_no_machine_the_same_annotations_are_tried_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.annotate(100)
+    first = loop.look().started
+    loop.launcher.end("Failed", "CapacityError: Unable to provision requested ML compute capacity.")
+    waiting = loop.look()
+    assert waiting.started is None
+    assert f"AWS had no machine for {first}, until" in waiting.reason
+    monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
+    second = loop.look().started
+    assert second is not None
+    assert second != first
+    assert (loop.launcher.job.attempt, loop.launcher.job.shortages) == (2, 1)
+    loop.launcher.end("Failed", "AlgorithmError: why")
+    assert loop.look().started is None, "now the job itself is to blame"
+    assert loop.ledger.head("digits").failure is not None
+
+
 def test_failures_in_a_row_are_counted(loop: Loop) -> None:
     loop.annotate(100)
     for attempt in (1, 2, 3):

@@ -45,6 +45,11 @@ class JobState:
     def ended(self) -> bool:
         return self.status in ("Completed", "Failed", "Stopped")
 
+    @property
+    def no_machine(self) -> bool:
+        """Whether AWS had none to spare. What comes before the colon of a reason is SageMaker's code."""
+        return self.status == "Failed" and (self.failure or "").partition(":")[0] == "CapacityError"
+
 
 def job_name(stage: str, model: str, digest: str, attempt: int) -> str:
     """At most 63 characters, letters, digits and hyphens: a long model name is cut, the digest still tells models apart."""
@@ -60,14 +65,27 @@ class Launcher:
         self._client = client or aws.client("sagemaker", read_timeout=20)
 
     def start(self, config: ModelConfig, job: Job, champion: Champion | None) -> None:
-        """Start a job; that it was started already is fine."""
-        try:
-            self._client.create_training_job(**training_request(self._settings, config, job, champion))
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "ResourceInUse":
-                raise TrainingServiceError(f"SageMaker refused {job.job_name}: {error}") from error
-        except BotoCoreError as error:
-            raise TrainingServiceError(f"SageMaker does not answer: {error}") from error
+        """Start a job on the first type of instance that the account has a quota for; that it was started already is fine."""
+        refused: ClientError | None = None
+        for instance_type in config.training.instance_types(job.shortages):
+            try:
+                self._client.create_training_job(**training_request(self._settings, config, job, champion, instance_type))
+            except ClientError as error:
+                match error.response["Error"]["Code"]:
+                    case "ResourceInUse":
+                        return
+                    case "ResourceLimitExceeded":
+                        refused = refused or error
+                    case _:
+                        raise TrainingServiceError(f"SageMaker refused {job.job_name}: {error}") from error
+            except BotoCoreError as error:
+                raise TrainingServiceError(f"SageMaker does not answer: {error}") from error
+            else:
+                return
+        raise TrainingServiceError(
+            f"SageMaker refused {job.job_name}: {refused}; raise the quota, or name other instances under "
+            "training.fallback_instance_types in config.yaml"
+        ) from refused
 
     def state(self, name: str) -> JobState | None:
         """The state of a job; None when it was never started."""
@@ -84,8 +102,13 @@ class Launcher:
         return JobState(status=answer["TrainingJobStatus"], failure=answer.get("FailureReason"))
 
 
-def training_request(settings: Settings, config: ModelConfig, job: Job, champion: Champion | None) -> dict[str, Any]:
-    """The CreateTrainingJob request; docs/architecture.md has the contract of the job."""
+def training_request(
+    settings: Settings, config: ModelConfig, job: Job, champion: Champion | None, instance_type: str | None = None
+) -> dict[str, Any]:
+    """The CreateTrainingJob request, for the config's own type of instance unless told otherwise.
+
+    docs/architecture.md has the contract of the job.
+    """
     bucket, training = settings.artifacts_bucket, config.training
     seconds = training.max_runtime_minutes * 60
     channels = [
@@ -123,7 +146,7 @@ def training_request(settings: Settings, config: ModelConfig, job: Job, champion
         "OutputDataConfig": {"S3OutputPath": f"s3://{bucket}/{artifacts.training_prefix(config.name)}"},
         "CheckpointConfig": {"S3Uri": f"s3://{bucket}/{artifacts.checkpoints_prefix(config.name, job.job_name)}"},
         "ResourceConfig": {
-            "InstanceType": training.instance_type,
+            "InstanceType": instance_type or training.instance_type,
             "InstanceCount": 1,
             "VolumeSizeInGB": training.volume_gb,
         },

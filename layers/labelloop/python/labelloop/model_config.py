@@ -189,9 +189,19 @@ class Training(Section, frozen=True, kw_only=True):
     instance_type: Annotated[
         str, Meta(pattern=r"^ml\.", description="SageMaker instance, such as ml.g5.xlarge (one GPU) or ml.m5.xlarge (none)")
     ] = "ml.g5.xlarge"
+    fallback_instance_types: Annotated[
+        list[Annotated[str, Meta(pattern=r"^ml\.")]],
+        Meta(description="taken in turn where AWS has no such machine to spare, or the account no quota for it"),
+    ] = []
     spot: Annotated[bool, Meta(description="spare capacity: cheaper, may be interrupted and goes on from its checkpoint")] = True
     max_runtime_minutes: Annotated[int, Count, Meta(description="the job is stopped after so long")] = 60
     volume_gb: Annotated[int, Count, Meta(description="disk of the training instance")] = 30
+
+    def instance_types(self, shortages: int = 0) -> list[str]:
+        """The types to try, in order, after so many attempts that found no machine."""
+        all_of = [self.instance_type, *self.fallback_instance_types]
+        first = shortages % len(all_of)
+        return all_of[first:] + all_of[:first]
 
 
 class Serving(Section, frozen=True, kw_only=True):

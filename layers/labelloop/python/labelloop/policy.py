@@ -54,8 +54,9 @@ def decide(policy: Retrain, head: Head, n_annotations: int, now: datetime, *, as
     if head.failure:
         doubled = policy.failure_backoff_minutes * 2 ** min(head.failure.consecutive - 1, 20)
         wait = min(timedelta(minutes=doubled), MAX_BACKOFF)
-        earliest.append((datetime.fromisoformat(head.failure.ended_at) + wait, "waiting after a failed training"))
-        if n_annotations <= head.failure.n_annotations:
+        why = f"AWS had no machine for {head.failure.job_name}" if head.failure.no_machine else "waiting after a failed training"
+        earliest.append((datetime.fromisoformat(head.failure.ended_at) + wait, why))
+        if not head.failure.no_machine and n_annotations <= head.failure.n_annotations:
             return Decision(False, f"{head.failure.job_name} failed; the next annotation allows another try", due)
     for moment, reason in sorted(earliest, reverse=True):
         if now < moment:

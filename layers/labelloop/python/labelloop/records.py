@@ -304,6 +304,7 @@ class Job(Record, frozen=True, kw_only=True):
     started_at: str
     snapshot: Snapshot
     champion_version: int | None
+    shortages: int = 0  # attempts on this snapshot that AWS had no machine for
 
 
 class Trained(Record, frozen=True, kw_only=True):
@@ -324,6 +325,7 @@ class Failure(Record, frozen=True, kw_only=True):
     reason: str
     ended_at: str
     consecutive: int
+    no_machine: bool = False  # AWS had none to spare: nothing is wrong with the job, which is tried again
 
 
 class Head(Record, frozen=True, kw_only=True):
@@ -347,6 +349,7 @@ class Training(Record, frozen=True, kw_only=True):
     status: TrainingStatus
     ended_at: str | None = None
     failure: str | None = None
+    no_machine: bool = False  # as in `Failure`
 
 
 class Promotion(Record, frozen=True, kw_only=True):

@@ -121,10 +121,13 @@ class Reconciler:
             reason=reason,
             ended_at=ended_at,
             consecutive=head.failure.consecutive + 1 if head.failure else 1,
+            no_machine=state.no_machine,
         )
         status: TrainingStatus = "failed" if state.status == "Failed" else "stopped"
         after = msgspec.structs.replace(head, failure=failure)
-        return self._ledger.finish(head, after, Training(job=job, status=status, ended_at=ended_at, failure=reason))
+        return self._ledger.finish(
+            head, after, Training(job=job, status=status, ended_at=ended_at, failure=reason, no_machine=state.no_machine)
+        )
 
     def _busy(self, model: str, head: Head) -> str | None:
         """Why no training may start now, whatever is due; None when one may."""
@@ -175,6 +178,7 @@ class Reconciler:
             started_at=now(),
             snapshot=snapshot,
             champion_version=champion.version if champion else None,
+            shortages=sum(training.no_machine for training in tries),
         )
         self._ledger.claim(head, job)
         self._launcher.start(folder.config, job, champion)
