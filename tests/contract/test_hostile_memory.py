@@ -122,3 +122,27 @@ def test_hostile_requests_take_less_than_twice_the_memory_of_a_normal_one(detect
     assert taken >= {f"bomb: {name}" for name in hostile if "just taken" in name}, "the limits are where the test thinks"
     assert {status for status, _, _ in answers} == {200, 400}
     assert max(most.values()) < 2 * usual
+
+
+def enlarged(data: bytes, side: int) -> bytes:
+    """A progressive JPEG whose header says that it is so many pixels wide and high."""
+    frame = data.index(b"\xff\xc2")
+    return data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 :]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's notes on a process are Linux's")
+def test_a_page_of_photographs_stays_below_512_mb_whatever_is_among_them(detector: Backend, tmp_path: Path) -> None:
+    detector.promote(1, examples.brightness_model())
+    noise = Image.effect_noise((4_000, 3_000), 40)
+    photograph = encoded(Image.merge("RGB", [noise, noise.rotate(180), noise]), "JPEG", quality=85)
+    huge = enlarged(encoded(Image.new("RGB", (2_000, 2_000)), "JPEG", progressive=True), 20_000)
+    for name, data in {"photograph.jpg": photograph, "huge.jpg": huge}.items():
+        detector.images.put(f"images/spots/{name}", data)
+    place = f"s3://{detector.images.name}/images/spots"
+    tasks = [{"data": {"image": f"{place}/photograph.jpg"}}] * 31
+    body = json.dumps({"tasks": [*tasks[:16], {"data": {"image": f"{place}/huge.jpg"}}, *tasks[15:]]})
+    [[status, predictions, peak]] = serve([examples.api_event("POST", "spots", "predict", body)], tmp_path)
+    print("32 photographs and a JPEG of 400 megapixels:", peak // 10**6, "MB")  # noqa: T201 - the figure
+    assert (status, predictions) == (200, 32), "all but the one that its header gives away"
+    assert peak < 512_000_000
