@@ -639,9 +639,9 @@ def a_name_of_its_own_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """SageMaker cannot tell that a job was started already; its state is that of the last start."""
     numbers, names, state = count(1), dict[str, str](), Launcher.state
 
-    def renamed(settings: Settings, config: ModelConfig, job: Job, champion: Champion | None) -> dict[str, Any]:
+    def renamed(settings: Settings, config: ModelConfig, job: Job, champion: Champion | None, machine: str) -> dict[str, Any]:
         names[job.job_name] = f"{job.job_name}-{next(numbers)}"
-        return {**training_request(settings, config, job, champion), "TrainingJobName": names[job.job_name]}
+        return {**training_request(settings, config, job, champion, machine), "TrainingJobName": names[job.job_name]}
 
     monkeypatch.setattr(launcher, "training_request", renamed)
     monkeypatch.setattr(Launcher, "state", lambda self, name: state(self, names.get(name) or name))
