@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 INK = "#1d2733"  # in a figure it stands for the page's own colour of text
 GOOD, BAD, UNSURE, BLUE = "#1b8a4b", "#c0392f", "#b07d10", "#2f6fb5"  # told apart on white and on black
 _ON_LIGHT, _ON_DARK = "#10202f", "#ffffff"  # numbers on cells, which have the same colours on every page
+_LEGIBLE = 600  # CSS pixels, below which figures are not shrunk
 _NUMBERED = 20  # classes up to which a confusion matrix shows its numbers
 _NAMED = 60  # classes up to which it names them
 
@@ -37,7 +38,8 @@ def draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]], title: str, clas
     """A confusion matrix, a row for each true class; `most`: the count that is darkest."""
     # A logarithmic scale: mistakes are few beside what is right, and are what one looks for.
     scale = matplotlib.colors.SymLogNorm(linthresh=1, vmin=0, vmax=max(most, 1))
-    axes.imshow(np.ma.masked_equal(np.array(matrix), 0), cmap="Blues", norm=scale)
+    counts = np.array(matrix, dtype=np.float64)
+    axes.imshow(np.where(counts > 0, counts, np.nan), cmap="Blues", norm=scale)
     axes.set(title=title, xlabel="predicted", ylabel="annotated")
     axes.spines[:].set_visible(False)
     if len(classes) > _NAMED:
@@ -49,8 +51,8 @@ def draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]], title: str, clas
     axes.set_yticks(range(len(names)), names, fontsize=size)
     if len(classes) > _NUMBERED:
         return
-    for row, counts in enumerate(matrix):
-        for column, count in enumerate(counts):
+    for row, its in enumerate(matrix):
+        for column, count in enumerate(its):
             if count:
                 colour = _ON_DARK if scale(count) > 0.55 else _ON_LIGHT
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=size)
@@ -79,6 +81,8 @@ def svg(figure: Figure, name: str, description: str) -> Markup:
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["system-ui", "DejaVu Sans"]}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = file.getvalue().replace(INK, "currentColor")
-    label = Markup('<svg role="img" aria-label="{}"').format(description)
-    return label + Markup(text[text.index("<svg") + len("<svg") :])  # noqa: S704 - see above
+    drawn = file.getvalue().replace(INK, "currentColor")
+    width = round(96 * figure.get_figwidth())  # CSS pixels
+    style = f"max-width: {width}px; min-width: {min(width, _LEGIBLE)}px"
+    label = Markup('<svg role="img" aria-label="{}" style="{}"').format(description, style)
+    return label + Markup(drawn[drawn.index("<svg") + len("<svg") :])  # noqa: S704 - see above

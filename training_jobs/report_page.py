@@ -21,7 +21,7 @@ _HEADLINES: dict[Verdict, str] = {
     "keep": "Keep: the champion goes on serving",
     "undecided": "Undecided: the champion goes on serving",
 }
-_FIGURES: dict[Metric, str] = {"accuracy": "recall", "f1": "F1", "map_50": "average precision"}
+FIGURES: dict[Metric, str] = {"accuracy": "recall", "f1": "F1", "map_50": "average precision"}
 
 
 def write(evaluation: Evaluation, file: Path) -> None:
@@ -33,7 +33,7 @@ def write(evaluation: Evaluation, file: Path) -> None:
         comparison=comparison,
         verdict=_HEADLINES[evaluation.verdict],
         tiles=_tiles(evaluation),
-        figure=_FIGURES[evaluation.challenger.metric],
+        figure=FIGURES[evaluation.challenger.metric],
         difference_plot=_difference_plot(comparison, evaluation) if comparison else "",
         explanation=_explanation(comparison, rules) if comparison else "",
         classes=_classes(evaluation),

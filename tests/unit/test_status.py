@@ -39,6 +39,10 @@ class LabelStudio:
         self._ask("counts")
         return {"tasks": 1800, "annotated": len(self.annotated)}
 
+    def count_predicted(self, project: int, version: str) -> int:
+        self._ask("predicted")
+        return 1200 if version == "digits v2" else 0
+
     def annotated_tasks(self, project: int) -> Iterator[list[AnnotatedTask]]:
         self._ask("annotated tasks")
         yield self.annotated
