@@ -298,8 +298,6 @@ def report(
     Learning curve with intervals and verdicts, confusion matrix, calibration, queue, labels saved, acceptance, turnaround of the
     last training, and what it costs on AWS. --json prints the same facts instead of writing a page.
     """
-    from cli import report as facts  # torch takes seconds to import
-
     if as_json and (output or open_):
         raise typer.BadParameter("prints the facts and writes no page; leave out --output and --open", param_hint="--json")
     configs = ModelConfigs.find()
@@ -307,7 +305,11 @@ def report(
     file = (output or Path(f"report-{model}.html")).resolve()
     if not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--output")
-    found = facts.read_report(Deployment.find(stage, home), configs, folder)
+    deployment = Deployment.find(stage, home)
+
+    from cli import report as facts  # torch takes seconds to import
+
+    found = facts.read_report(deployment, configs, folder)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
         return

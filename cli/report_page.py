@@ -230,12 +230,12 @@ def _learning_curve(report: Report) -> Markup:
         axes.annotate(name, (row.annotations, row.value), (9, 6), textcoords="offset points", color=INK)
     for row in rows:
         if row.champion:
-            axes.plot([row.annotations], [row.value], "o", ms=19, mfc="none", mec=BLUE, mew=2.2, label="champion", zorder=4)
+            axes.plot([row.annotations], [row.value], "o", ms=17, mfc="none", mec=BLUE, mew=2.2, label="champion", zorder=4)
     axes.set(xlabel="annotations", ylabel=METRIC_TITLES[status.metric], title="")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.08)
     _plain(axes)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", labelspacing=1.0)
     said = ", ".join(f"version {row.version} {row.value:.1%} at {row.annotations:,}" for row in rows)
     return svg(figure, "learning-curve", f"{METRIC_TITLES[status.metric]} over annotations: {said}")
 
@@ -252,7 +252,7 @@ def _confusion(champion: ChampionReport) -> Markup:
 
 def _reliability(bins: Sequence[Bin]) -> Markup:
     """How often predictions are right, over their score, and how many there are of each."""
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, lw=1, ls=(0, (4, 3)), label="as often as the score says")
     shares = [its.right for its in bins]
@@ -264,7 +264,7 @@ def _reliability(bins: Sequence[Bin]) -> Markup:
     axes.set(ylabel="are right", ylim=(-0.03, 1.05), xlim=(-0.03, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="upper left")
-    counts.bar(scores, [its.count for its in bins], width=0.06, color=BLUE, alpha=0.6)
+    counts.bar(scores, [its.count for its in bins], width=0.05, color=BLUE, alpha=0.6)
     counts.set(ylabel="predictions", xlabel="score of a prediction")
     counts.xaxis.set_major_formatter(PercentFormatter(1.0))
     for each in (axes, counts):

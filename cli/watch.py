@@ -154,8 +154,8 @@ class Watch:
         if status.annotations is None or status.tasks is None:
             return
         if status.next_training:
-            due = status.next_training
-            yield "annotations", _bar(status.annotations, due.due_at, f"{status.annotations:,} of {due.due_at:,}: {due.reason}")
+            due = status.next_training.due_at
+            yield "annotations", _bar(status.annotations, due, f"{status.annotations:,} of {due:,}{_until(status)}")
         left = status.tasks - status.annotations
         predicted = f", {status.predicted:,} of them predicted by the champion" if status.champion else ""
         review = f"; {status.review.open:,} to be looked at again" if status.review.open else ""
@@ -212,11 +212,24 @@ def read_traffic(deployment: Deployment) -> Traffic:
     return Traffic(queues, alarms)
 
 
+def _until(status: Status) -> str:
+    """What is missing until the next training: annotations, or, once there are enough, something else."""
+    coming, annotations = status.next_training, status.annotations
+    if coming is None or annotations is None:
+        return ""
+    if annotations < coming.due_at:
+        return f", {coming.due_at - annotations:,} until the next training"
+    if coming.now:
+        return ", a training starts at the next look"
+    return "" if status.running else f": {coming.reason}"
+
+
 def _bar(done: int, of: int, text: str) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(width=_BAR)
     grid.add_column(overflow="fold")
-    grid.add_row(ProgressBar(total=max(of, 1), completed=min(done, of), width=_BAR), Text(text))
+    bar = ProgressBar(total=max(of, 1), completed=min(done, of), width=_BAR, complete_style="cyan", finished_style="green")
+    grid.add_row(bar, Text(text))
     return grid
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -21,12 +21,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from cli import cost
 from cli.deployment import Deployment
 from cli.redrive import QUEUES
 from labelloop import artifacts, problem_types
 from labelloop.artifacts import Bucket, Champions
 from labelloop.ledger import Ledger
-from labelloop.model_config import ModelFolder
+from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.promotion import Promoter
 from labelloop.records import (
     Evaluation,
@@ -38,9 +39,12 @@ from labelloop.records import (
     Promotion,
     Region,
     Timing,
+    Trained,
     Training,
+    now,
 )
 from tests import examples
+from tests.conftest import new_ledger_table
 from tests.fake_aws import FakeRegistry
 from tests.recording_server import Answer, RecordingServer, Request, serving
 from training_jobs import calibration, problem
@@ -152,7 +156,10 @@ class Stage:
         job = examples.job(report.job_name, report.n_annotations, report.dataset_digest)
         self.bucket.put(artifacts.training_archive_key(self.model, job.job_name), examples.model_archive(report))
         head = self.ledger.claim(self.ledger.head(self.model), job)
-        self.ledger.finish(head, head, Training(job=job, status="completed"))
+        ended = now()
+        trained = Trained(digest=job.digest, n_annotations=job.n_annotations, job_name=job.job_name, ended_at=ended)
+        after = msgspec.structs.replace(head, trained=trained)
+        self.ledger.finish(head, after, Training(job=job, status="completed", ended_at=ended))
         self.services.ended.add(job.job_name)
         decided = Promoter(self.bucket, self.ledger, FakeRegistry(), lambda _: None).decide(self.model, job.job_name)  # type: ignore[arg-type]
         assert decided is not None
@@ -311,15 +318,30 @@ def _candidates(kind: str, found: list[list[Region]], classes: list[str]) -> lis
     return every
 
 
+_synthesize = cost.synthesize
+_templates: dict[tuple[str, ...], dict[str, cost.Resource]] = {}
+
+
+def _synthesized_once(models: ModelConfigs, names: Sequence[str], stage: str) -> dict[str, cost.Resource]:
+    """The templates of a model, which take seconds; they are the same whatever the model's classes."""
+    key = (*names, stage)
+    if key not in _templates:
+        _templates[key] = _synthesize(models, names, stage)
+    return _templates[key]
+
+
 @contextmanager
-def deployed(bucket: Bucket, ledger_table: str, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def deployed(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A stage in the emulator of the fixture `aws`, with a project and no version yet."""
     name = f"t{uuid.uuid4().hex[:10]}"
     label_studio, services = LabelStudio(), Services()
+    boto3.client("s3").create_bucket(Bucket=name)
+    ledger_table = new_ledger_table()
     with ExitStack() as stack:
         asked = stack.enter_context(serving(label_studio.answer))
         others = stack.enter_context(serving(services.answer))
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", others.url)
+        monkeypatch.setattr(cost, "synthesize", _synthesized_once)
         boto3.client("secretsmanager").create_secret(Name=f"{name}/label-studio", SecretString='{"token": "0123456789abcdef"}')
         sqs = boto3.client("sqs")
         ends = ("Queue", "QueueDeadLetters")
@@ -329,7 +351,7 @@ def deployed(bucket: Bucket, ledger_table: str, folder: ModelFolder, monkeypatch
             for end in ends
         }
         outputs = {
-            "ArtifactsBucket": bucket.name,
+            "ArtifactsBucket": name,
             "LedgerTable": ledger_table,
             "MlflowTrackingUri": others.url,
             "LabelStudioUrl": asked.url,
@@ -339,7 +361,7 @@ def deployed(bucket: Bucket, ledger_table: str, folder: ModelFolder, monkeypatch
         _stacks(name, outputs)
         ledger = Ledger(ledger_table)
         ledger.set_project(folder.config.name, 1)
-        yield Stage(name, folder, bucket, ledger, label_studio, services, asked, queues)
+        yield Stage(name, folder, Bucket(name), ledger, label_studio, services, asked, queues)
 
 
 def _stacks(name: str, outputs: dict[str, str]) -> None:

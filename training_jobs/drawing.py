@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 INK = "#1d2733"  # in a figure it stands for the page's own colour of text
 GOOD, BAD, UNSURE, BLUE = "#1b8a4b", "#c0392f", "#b07d10", "#2f6fb5"  # told apart on white and on black
 _ON_LIGHT, _ON_DARK = "#10202f", "#ffffff"  # numbers on cells, which have the same colours on every page
-_LEGIBLE = 600  # CSS pixels, below which figures are not shrunk
+_LEGIBLE = 0.63  # of their width, below which figures are not shrunk
 _NUMBERED = 20  # classes up to which a confusion matrix shows its numbers
 _NAMED = 60  # classes up to which it names them
 
@@ -41,7 +41,7 @@ def draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]], title: str, clas
     counts = np.array(matrix, dtype=np.float64)
     axes.imshow(np.where(counts > 0, counts, np.nan), cmap="Blues", norm=scale)
     axes.set(title=title, xlabel="predicted", ylabel="annotated")
-    axes.spines[:].set_visible(False)
+    axes.spines[:].set_alpha(0.25)
     if len(classes) > _NAMED:
         axes.set(xticks=[], yticks=[])
         return
@@ -83,6 +83,6 @@ def svg(figure: Figure, name: str, description: str) -> Markup:
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     drawn = file.getvalue().replace(INK, "currentColor")
     width = round(96 * figure.get_figwidth())  # CSS pixels
-    style = f"max-width: {width}px; min-width: {min(width, _LEGIBLE)}px"
+    style = f"max-width: {width}px; min-width: {round(_LEGIBLE * width)}px"
     label = Markup('<svg role="img" aria-label="{}" style="{}"').format(description, style)
     return label + Markup(drawn[drawn.index("<svg") + len("<svg") :])  # noqa: S704 - see above

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,12 +11,10 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from cli import cost
 from cli.main import app
 from cli.report import Report
 from labelloop import artifacts
-from labelloop.artifacts import Bucket
-from labelloop.model_config import ModelConfigs, ModelFolder
+from labelloop.model_config import ModelFolder
 from labelloop.records import HoldoutImage, ProblemTypeName
 from tests import examples
 from tests.deployed import Stage, deployed
@@ -25,29 +23,17 @@ from tests.training.test_report_page import Page
 SECTIONS = ["learning-curve", "confusion", "calibration", "queue", "label-savings", "acceptance", "turnaround", "cost"]
 HOSTILE = ["<script>alert(1)</script>", "$x_{", '"&amp;', "größer"]
 
-synthesize = cost.synthesize
-templates: dict[tuple[str, ...], dict[str, cost.Resource]] = {}
-
-
-def synthesized(models: ModelConfigs, names: Sequence[str], stage: str) -> dict[str, cost.Resource]:
-    key = (*names, stage)
-    if key not in templates:
-        templates[key] = synthesize(models, names, stage)
-    return templates[key]
-
-
 type Deploy = Callable[[ModelFolder], Stage]
 
 
 @pytest.fixture
-def deploy(bucket: Bucket, ledger_table: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploy]:
-    """Deploys a stage with one model, whose folder the commands then find. Templates of a model are synthesized once."""
-    monkeypatch.setattr(cost, "synthesize", synthesized)
+def deploy(aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deploy]:
+    """Deploys a stage with one model, whose folder the commands then find."""
     with ExitStack() as stack:
 
         def make(folder: ModelFolder) -> Stage:
             monkeypatch.setenv("LABELLOOP_MODEL_CONFIGS", str(Path(str(folder.folder)).parent))
-            return stack.enter_context(deployed(bucket, ledger_table, folder, monkeypatch))
+            return stack.enter_context(deployed(folder, monkeypatch))
 
         yield make
 

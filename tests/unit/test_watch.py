@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import boto3
+import msgspec
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -21,8 +22,8 @@ from typer.testing import CliRunner
 from cli import watch
 from cli.deployment import Deployment
 from cli.main import app
+from cli.status import Status
 from cli.watch import Watch
-from labelloop.artifacts import Bucket
 from labelloop.errors import NotSetUpError, ServiceError
 from labelloop.records import Failure, Training
 from tests import examples
@@ -40,8 +41,8 @@ class Clock:
 
 
 @pytest.fixture
-def stage(bucket: Bucket, ledger_table: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    with deployed(bucket, ledger_table, DIGITS, monkeypatch) as it:
+def stage(aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    with deployed(DIGITS, monkeypatch) as it:
         yield it
 
 
@@ -219,3 +220,15 @@ def _read_until(terminal: int, wanted: str, seconds: float) -> str:
         if select.select([terminal], [], [], 1)[0]:
             text += os.read(terminal, 65536).decode(errors="replace")
     return text
+
+
+def test_without_a_model_status_is_of_all_of_them(stage: Stage) -> None:
+    stage.train(100, 0.9)
+    command = ["status", "--stage", stage.name]
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    found = msgspec.json.decode(done.stdout, type=dict[str, Status])
+    assert {name: len(status.versions) for name, status in found.items()} == {"digit_detector": 0, "digits": 1}
+    one = CliRunner().invoke(app, [*command, "digits", "--json"], catch_exceptions=False)
+    assert msgspec.json.decode(one.stdout, type=Status).model == "digits"
+    text = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert [line.split()[0] for line in text.splitlines() if f"stage {stage.name}" in line] == ["digit_detector", "digits"]
