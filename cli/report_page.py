@@ -235,7 +235,7 @@ def _learning_curve(report: Report) -> Markup:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.08)
     _plain(axes)
-    axes.legend(loc="lower right", labelspacing=1.0)
+    figure.legend(loc="outside upper right", ncols=4)
     said = ", ".join(f"version {row.version} {row.value:.1%} at {row.annotations:,}" for row in rows)
     return svg(figure, "learning-curve", f"{METRIC_TITLES[status.metric]} over annotations: {said}")
 
@@ -254,16 +254,24 @@ def _reliability(bins: Sequence[Bin]) -> Markup:
     """How often predictions are right, over their score, and how many there are of each."""
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, lw=1, ls=(0, (4, 3)), label="as often as the score says")
+    axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, lw=1, ls=(0, (4, 3)), label="what the score says")
     shares = [its.right for its in bins]
     lengths = [[its.value - its.low for its in shares], [its.high - its.value for its in shares]]
     scores = [its.score for its in bins]
     axes.errorbar(
-        scores, [its.value for its in shares], yerr=lengths, fmt="o", color=BLUE, ms=7, capsize=4, lw=1.8, label="right"
+        scores,
+        [its.value for its in shares],
+        yerr=lengths,
+        fmt="o",
+        color=BLUE,
+        ms=7,
+        capsize=4,
+        lw=1.8,
+        label="how often they are right",
     )
     axes.set(ylabel="are right", ylim=(-0.03, 1.05), xlim=(-0.03, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside upper right", ncols=2)
     counts.bar(scores, [its.count for its in bins], width=0.05, color=BLUE, alpha=0.6)
     counts.set(ylabel="predictions", xlabel="score of a prediction")
     counts.xaxis.set_major_formatter(PercentFormatter(1.0))

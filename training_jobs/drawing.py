@@ -18,6 +18,7 @@ INK = "#1d2733"  # in a figure it stands for the page's own colour of text
 GOOD, BAD, UNSURE, BLUE = "#1b8a4b", "#c0392f", "#b07d10", "#2f6fb5"  # told apart on white and on black
 _ON_LIGHT, _ON_DARK = "#10202f", "#ffffff"  # numbers on cells, which have the same colours on every page
 _LEGIBLE = 0.63  # of their width, below which figures are not shrunk
+_LONGEST = 20  # characters of a name beside a matrix
 _NUMBERED = 20  # classes up to which a confusion matrix shows its numbers
 _NAMED = 60  # classes up to which it names them
 
@@ -45,7 +46,7 @@ def draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]], title: str, clas
     if len(classes) > _NAMED:
         axes.set(xticks=[], yticks=[])
         return
-    names = [as_text(name) for name in classes]
+    names = [_as_text(name) for name in classes]
     size = 9 if len(classes) <= _NUMBERED else 5
     axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
@@ -58,9 +59,10 @@ def draw_confusion(axes: Axes, matrix: Sequence[Sequence[int]], title: str, clas
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=size)
 
 
-def as_text(name: str) -> str:
-    """A name as matplotlib draws it: no formula."""
-    return name.replace("$", r"\$")
+def _as_text(name: str) -> str:
+    """A name as matplotlib draws it: no formula, and not longer than the matrix."""
+    short = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    return short.replace("$", r"\$")
 
 
 def svg(figure: Figure, name: str, description: str) -> Markup:
@@ -74,10 +76,10 @@ def svg(figure: Figure, name: str, description: str) -> Markup:
             text.set_color(INK)
         for spine in axes.spines.values():
             spine.set_edgecolor(INK)
-        if (legend := axes.get_legend()) is not None:
-            legend.get_frame().set_alpha(0)
-            for text in legend.get_texts():
-                text.set_color(INK)
+    for legend in figure.legends:
+        legend.get_frame().set_visible(False)
+        for text in legend.get_texts():
+            text.set_color(INK)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["system-ui", "DejaVu Sans"]}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
