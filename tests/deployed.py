@@ -319,15 +319,15 @@ def _candidates(kind: str, found: list[list[Region]], classes: list[str]) -> lis
 
 
 _synthesize = cost.synthesize
-_templates: dict[tuple[str, ...], dict[str, cost.Resource]] = {}
+_templates: dict[str, dict[str, cost.Resource]] = {}
 
 
 def _synthesized_once(models: ModelConfigs, names: Sequence[str], stage: str) -> dict[str, cost.Resource]:
-    """The templates of a model, which take seconds; they are the same whatever the model's classes."""
-    key = (*names, stage)
-    if key not in _templates:
-        _templates[key] = _synthesize(models, names, stage)
-    return _templates[key]
+    """The templates of a model, which take seconds; their prices are the same whatever its classes and the stage's name."""
+    (model,) = names
+    if model not in _templates:
+        _templates[model] = _synthesize(models, names, stage)
+    return _templates[model]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tests.deployed import Stage, deployed
 from tests.training.test_report_page import Page
 
 SECTIONS = ["learning-curve", "confusion", "calibration", "queue", "label-savings", "acceptance", "turnaround", "cost"]
-HOSTILE = ["<script>alert(1)</script>", "$x_{", '"&amp;', "größer"]
+HOSTILE = ["<script>1</script>", "$x_{", '"&amp;', "größer"]
 
 type Deploy = Callable[[ModelFolder], Stage]
 
