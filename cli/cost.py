@@ -557,9 +557,9 @@ def show(report: Report, console: Console) -> None:
         lines = [line for line in unit.lines if line.cost]
         console.print(_table(f"{name}, with no allowance left", lines, unit.total))
     console.print(_table("instead: machines that always run", report.alternative.lines, report.alternative.total))
-    idle = f" (idle: {_dollars(report.idle.total)})" if works else ""
+    idle = f" (idle: {dollars(report.idle.total)})" if works else ""
     console.print(
-        f"{title}: {_dollars(report.month.total)}{idle}; machines that always run: {_dollars(report.alternative.total)},"
+        f"{title}: {dollars(report.month.total)}{idle}; machines that always run: {dollars(report.alternative.total)},"
         f" {report.ratio:,.0f} times as much",
         f"Prices as known on {report.checked}, not compared with AWS since: check cli/prices.toml against AWS's price list.",
         "Nothing was measured on AWS; Label Studio, taxes and the account's other use of allowances are not in it.",
@@ -578,7 +578,7 @@ def _table(title: str, lines: Sequence[Line], total: float) -> Table:
     allowances = any(line.free for line in lines)
     if allowances:
         table.add_column("always free", justify="right")
-    table.add_column("cost", _dollars(total), justify="right", no_wrap=True)
+    table.add_column("cost", dollars(total), justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for line in lines:
         quantity, free = (f"{number:,.4g}" if number < 1000 else f"{number:,.0f}" for number in (line.quantity, line.free))
@@ -588,13 +588,13 @@ def _table(title: str, lines: Sequence[Line], total: float) -> Table:
             quantity if line.charged_by else "",
             line.charged_by or "nothing",
             *([free if line.free else ""] if allowances else []),
-            _dollars(line.cost),
+            dollars(line.cost),
             escape(line.why),
         )
     return table
 
 
-def _dollars(amount: float) -> str:
+def dollars(amount: float) -> str:
     if 0 < amount < 0.0001:
         return "<$0.0001"
     return f"${amount:,.2f}" if amount >= 1 or not amount else f"${amount:.4f}"

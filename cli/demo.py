@@ -16,15 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import boto3
 import msgspec
 import urllib3
 import yaml
-from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 from rich.markup import escape
 
-from cli import examples
+from cli import examples, training_job
 from cli.deployment import BackendAccess, Deployment, addresses_to_show
 from cli.examples import Example, ExampleModel
 from cli.label_studio_project import set_up_project
@@ -133,7 +131,8 @@ class Demo:
                 promotion = self._wait_for_version(deployment, count)
                 if promotion.verdict == "promote":
                     self._wait_for_label_studio(deployment, project.project, promotion.version)
-                parts = turnaround(annotated_at, _description(promotion.job_name), promotion, datetime.now(UTC))
+                job = training_job.description(promotion.job_name)
+                parts = turnaround(job, promotion, annotated_at=annotated_at, served_at=datetime.now(UTC))
             with self._phase(f"serve {count}"):
                 served = ask_about_holdout(deployment, folder, data)
             self._note(deployment, promotion, served, parts)
@@ -365,14 +364,6 @@ def ask_about_holdout(deployment: Deployment, folder: ModelFolder, data: Sequenc
     ]
     scores = problem.of(config.problem_type).scores(rows, found, config.classes, version=0)
     return Served(holdout, found, scores.value)
-
-
-def _description(job_name: str) -> dict[str, Any]:
-    """What the stand-in for SageMaker says of a training job, with the times of its states."""
-    try:
-        return dict(boto3.client("sagemaker").describe_training_job(TrainingJobName=job_name))
-    except (ClientError, BotoCoreError) as error:
-        raise ServiceError(f"the training job {job_name} cannot be looked at: {error}") from error
 
 
 def groups_of(deployment: Deployment, folder: ModelFolder) -> dict[str, str]:

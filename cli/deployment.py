@@ -136,6 +136,8 @@ class Deployment:
             secret: dict[str, str] = json.loads(value)
         except ClientError as error:
             raise NotSetUpError(f"cannot read the secret {name}: {error.response['Error'].get('Message', error)}") from error
+        except BotoCoreError as error:
+            raise ServiceError(f"Secrets Manager does not answer: {error}") from error
         except ValueError as error:
             raise NotSetUpError(f"the secret {name} holds no JSON") from error
         return secret

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -243,15 +244,84 @@ def config_schema(
 
 
 @app.command()
-def status(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJson = False) -> None:
-    """Show versions, champion, annotations, when the next training is due and why, the running job, failures."""
+def status(
+    model: Annotated[
+        str | None, typer.Argument(help="Name of a folder under model_configs/.", show_default="all of them")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on looking, and show it live, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=1, help="With --watch: seconds between looks.")] = 5,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions, champion, annotations, when the next training is due and why, the running job, failures.
+
+    --watch shows less of each model, and what moves: annotations, the running job's phase and epoch, queues, alarms, messages
+    that were given up. It needs a terminal. A service that is away for a moment costs nothing but its figures, which then show
+    their age. With --json a model gives an object, all of them an object by name.
+    """
     from cli.status import read_status, show
 
-    found = read_status(Deployment.find(stage, home), ModelConfigs.find()[model])
+    if watch and (as_json or not sys.stdout.isatty()):
+        raise typer.BadParameter("needs a terminal; for scripts: labelloop status --json", param_hint="--watch")
+    configs = ModelConfigs.find()
+    folders = [configs[name] for name in ([model] if model else configs.names)]
+    deployment = Deployment.find(stage, home)
+    if watch:
+        from cli import watch as live
+
+        live.run(live.Watch(deployment, folders), console, every)
+        return
+    found = {folder.config.name: read_status(deployment, folder) for folder in folders}
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found[model] if model else found)).decode())
+        return
+    for number, one in enumerate(found.values()):
+        if number:
+            console.print()
+        show(one, console)
+
+
+@app.command()
+def report(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the page.", show_default="report-MODEL.html in this folder")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page about a model: one HTML file that needs nothing else, to read, keep, or send to somebody.
+
+    Learning curve with intervals and verdicts, confusion matrix, calibration, queue, labels saved, acceptance, turnaround of the
+    last training, and what it costs on AWS. --json prints the same facts instead of writing a page.
+    """
+    if as_json and (output or open_):
+        raise typer.BadParameter("prints the facts and writes no page; leave out --output and --open", param_hint="--json")
+    configs = ModelConfigs.find()
+    folder = configs[model]
+    file = (output or Path(f"report-{model}.html")).resolve()
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {file.parent}", param_hint="--output")
+    deployment = Deployment.find(stage, home)
+
+    from cli import report as facts  # torch takes seconds to import
+
+    found = facts.read_report(deployment, configs, folder)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
-    else:
-        show(found, console)
+        return
+    from cli import report_page
+
+    try:
+        report_page.write(found, file)
+    except OSError as error:
+        raise ConfigError(str(file), f"cannot be written: {error.strerror}; name another file", "--output") from error
+    console.print(f"wrote {file}", highlight=False, soft_wrap=True, markup=False)
+    if open_ and not webbrowser.open(file.as_uri()):
+        problems.print("there is no browser to open it with", highlight=False, soft_wrap=True)
 
 
 @app.command()

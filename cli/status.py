@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli import training_job
 from cli.deployment import Deployment
+from cli.training_job import Progress
 from labelloop import auto_accept, problem_types
 from labelloop.acceptance import Acceptance, acceptance
 from labelloop.auto_accept import AutoAcceptState
@@ -33,7 +35,9 @@ from labelloop.records import (
     Takeover,
     Timing,
     Verdict,
+    version_string,
 )
+from labelloop.registry import Registry
 
 _TAKEOVERS = 3  # shown; --json has all
 _REASONS = 3  # versions whose verdict is explained
@@ -104,12 +108,13 @@ class FailedTraining(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """`annotations`, `tasks`, `next_training`, `auto_accept` and all acceptance are None when Label Studio does not say;
-    `problems` tells why. `auto_accept` is None, too, where config.yaml has no such section or nothing serves;
-    `accept_from` is the certainty from which the champion accepts, None while none is precise enough.
+    """`annotations`, `tasks`, `predicted`, `next_training`, `auto_accept` and all acceptance are None when Label Studio does not
+    say; `problems` tells why. `predicted`: tasks without an annotation that have the champion's prediction.
+    `auto_accept` is None, too, where config.yaml has no such section or nothing serves; `accept_from` is the certainty from
+    which the champion accepts, None while none is precise enough.
 
     `takeovers`: changes of the champion, the latest first. `left_out`: annotated tasks that the last snapshot could not use,
-    by reason.
+    by reason. `progress`: of what is `running`.
     """
 
     model: str
@@ -119,8 +124,10 @@ class Status(msgspec.Struct, kw_only=True):
     champion: Champion | None
     tasks: int | None
     annotations: int | None
+    predicted: int | None
     next_training: NextTraining | None
     running: Job | None
+    progress: Progress | None
     versions: list[Version]
     holdout: Holdout | None
     queue: QueueStatus
@@ -134,8 +141,11 @@ class Status(msgspec.Struct, kw_only=True):
     problems: list[str]
 
 
-def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
-    """Ask the ledger, the pointer and Label Studio; a Label Studio that is down costs only its own figures."""
+def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = True) -> Status:
+    """Ask the ledger, the pointer and Label Studio; a Label Studio that is down costs only its own figures.
+
+    `answers`: read all annotations, for acceptance and auto-accept; it takes the longer the more there are.
+    """
     config, model = folder.config, folder.config.name
     head = deployment.ledger.head(model)
     champion = deployment.champions.read(model)
@@ -144,9 +154,12 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
     work = _Work()
     problems: list[str] = []
     try:
-        work = _work(deployment, folder, champion)
+        work = _work(deployment, folder, champion, answers=answers)
     except LabelloopError as error:
         problems.append(str(error))
+    progress = training_job.progress(head.running, config, Registry(deployment.mlflow_tracking_uri)) if head.running else None
+    if progress and progress.problem:
+        problems.append(progress.problem)
     coming = None
     if work.annotated is not None:
         decision = decide(config.retrain, head, work.annotated, datetime.now(UTC))
@@ -159,8 +172,10 @@ def read_status(deployment: Deployment, folder: ModelFolder) -> Status:
         champion=champion,
         tasks=work.tasks,
         annotations=work.annotated,
+        predicted=work.predicted,
         next_training=coming,
         running=head.running,
+        progress=progress,
         versions=[_version(promotion, champion, work.acceptance.get(promotion.version)) for promotion in promotions],
         holdout=_holdout(promotions),
         queue=QueueStatus(
@@ -194,17 +209,22 @@ class _Work:
 
     tasks: int | None = None
     annotated: int | None = None
+    predicted: int | None = None
     acceptance: dict[int, Acceptance] = field(default_factory=dict)
     auto_accept: AutoAcceptState | None = None
 
 
-def _work(deployment: Deployment, folder: ModelFolder, champion: Champion | None) -> _Work:
-    project = deployment.ledger.project(folder.config.name)
-    counts = deployment.label_studio.counts(project)
-    tasks = list(chain.from_iterable(deployment.label_studio.annotated_tasks(project))) if champion else []
+def _work(deployment: Deployment, folder: ModelFolder, champion: Champion | None, *, answers: bool) -> _Work:
+    project, label_studio = deployment.ledger.project(folder.config.name), deployment.label_studio
+    counts = label_studio.counts(project)
+    predicted = label_studio.count_predicted(project, version_string(champion.model, champion.version)) if champion else 0
+    if not answers:
+        return _Work(tasks=counts["tasks"], annotated=counts["annotated"], predicted=predicted)
+    tasks = list(chain.from_iterable(label_studio.annotated_tasks(project))) if champion else []
     return _Work(
         tasks=counts["tasks"],
         annotated=counts["annotated"],
+        predicted=predicted,
         acceptance=acceptance(tasks, folder.config, folder.label_config),
         auto_accept=auto_accept.summary(folder, champion.version, deployment.ledger, tasks) if champion else None,
     )
@@ -268,7 +288,7 @@ def _of_the_model(status: Status) -> Iterator[_Fact]:
         yield f"version {row.version}", f"{row.verdict}: {row.reason}", ""
     for takeover in status.takeovers[:_TAKEOVERS]:
         before = f" from version {takeover.before}" if takeover.before else ""
-        text = f"version {takeover.version} took over{before}, {_moment(takeover.at)} ({takeover.by}: {takeover.reason})"
+        text = f"version {takeover.version} took over{before}, {moment(takeover.at)} ({takeover.by}: {takeover.reason})"
         yield "serving", text, ""
     if status.holdout:
         images, finest = status.holdout.images, f"{100 * status.holdout.resolution:.1f} points"
@@ -290,7 +310,8 @@ def _of_the_work(status: Status) -> Iterator[_Fact]:
     if status.auto_accept:
         yield _auto_accept(status.auto_accept, status.accept_from)
     if status.annotations is not None:
-        yield "annotations", f"{status.annotations:,} of {status.tasks:,} tasks", ""
+        predicted = f"; the champion has predicted {status.predicted:,} of the others" if status.champion else ""
+        yield "annotations", f"{status.annotations:,} of {status.tasks:,} tasks{predicted}", ""
 
 
 def _of_the_trainings(status: Status) -> Iterator[_Fact]:
@@ -298,16 +319,23 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
         due = "at the next look" if status.next_training.now else f"at {status.next_training.due_at:,} annotations"
         yield "next training", f"{due} ({status.next_training.reason})", ""
     if status.running:
-        since = f"since {_moment(status.running.started_at)}"
-        yield "running", f"{status.running.job_name}, {status.running.n_annotations:,} annotations, {since}", ""
+        far = f", {how_far(status.progress)}" if status.progress else ""
+        since = f"since {moment(status.running.started_at)}"
+        yield "running", f"{status.running.job_name}, {status.running.n_annotations:,} annotations, {since}{far}", ""
     if status.versions and (timing := status.versions[-1].timing):
         yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
         yield "left out", f"{count:,} annotated tasks of the last training ({reason})", ""
     for failed in status.failures:
-        yield "failed", f"{failed.job_name}, {_moment(failed.ended_at or '?')}: {failed.reason}", "red"
+        yield "failed", f"{failed.job_name}, {moment(failed.ended_at or '?')}: {failed.reason}", "red"
     for problem in status.problems:
         yield "problem", problem, "yellow"
+
+
+def how_far(progress: Progress) -> str:
+    """Phase and epoch of a running job."""
+    phase = progress.phase.lower()
+    return phase if progress.epoch is None else f"{phase}, epoch {progress.epoch:,} of {progress.epochs:,}"
 
 
 def _versions(status: Status) -> Table:
@@ -322,7 +350,7 @@ def _versions(status: Status) -> Table:
             f"{row.value:.1%}" if row.metric else "–",
             "–" if row.calibration_error is None else f"{row.calibration_error:.1%}",
             f"{row.acceptance.kept / row.acceptance.shown:.0%}" if row.acceptance else "–",
-            _points(row.difference) if row.difference else "–",
+            points(row.difference) if row.difference else "–",
             _VERDICTS[row.verdict],
             "[green]champion[/green]" if row.champion else "",
         )
@@ -339,11 +367,11 @@ def _auto_accept(state: AutoAcceptState, accept_from: float | None) -> _Fact:
     return "auto-accept", f"from a certainty of {accept_from:.3f}; {work}", ""
 
 
-def _points(difference: Interval) -> str:
+def points(difference: Interval) -> str:
     """A difference of shares in percentage points with its interval."""
     return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
-def _moment(at: str) -> str:
+def moment(at: str) -> str:
     """A time to the minute, in UTC."""
     return at[:16].replace("T", " ")

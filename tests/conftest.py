@@ -91,6 +91,10 @@ def bucket(new_bucket: Callable[[], Bucket]) -> Bucket:
 @pytest.fixture
 def ledger_table(aws: str) -> str:
     """The name of an empty ledger table."""
+    return new_ledger_table()
+
+
+def new_ledger_table() -> str:
     name = f"test-{uuid.uuid4().hex}"
     dynamodb: Any = boto3.client("dynamodb")
     dynamodb.create_table(

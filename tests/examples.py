@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import msgspec
 import numpy as np
@@ -120,7 +121,7 @@ def make_model_folder(root: Path, name: str, problem_type: ProblemTypeName, clas
     template = (
         f'<View><Image name="image" value="$image"/><{control.tag} name="what" toName="image" '
         f'{control.attribute}="{control.allowed[0]}">'
-        + "".join(f'<{control.item} value="{label}"/>' for label in classes)
+        + "".join(f"<{control.item} value={quoteattr(label)}/>" for label in classes)
         + f"</{control.tag}></View>"
     )
     (folder / "labeling_template.xml").write_text(template)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
@@ -16,13 +17,14 @@ from scipy.special import log_softmax
 from torchmetrics.functional.classification import binary_calibration_error
 
 from labelloop import problem_types
-from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region
-from training_jobs import problem
+from labelloop.records import Evaluation, Interval, ManifestRow, ModelCard, ProblemTypeName, Region
+from training_jobs import paired, problem
 
 _FEWEST = 20  # decisions
 _HOTTEST = 10.0  # and its inverse the coldest
 _LEAST = 1e-30  # a probability whose logarithm is taken
 _BINS = 15
+_REPORTED_BINS = 10  # fewer, so that each has an interval that says something
 _QUANTILES = 101
 
 
@@ -62,6 +64,34 @@ def calibration_error(
         return None
     shown, true = torch.from_numpy(decisions.shown), torch.from_numpy(decisions.true).int()
     return float(binary_calibration_error(shown, true, n_bins=_BINS))
+
+
+class Bin(msgspec.Struct, frozen=True, kw_only=True):
+    """Predictions with scores alike: how many, their mean score, and how often they are right, with a 95 % interval."""
+
+    count: int
+    score: float
+    right: Interval
+
+
+def reliability(report: Evaluation) -> list[Bin]:
+    """Scores against truth in ten bins, those without a prediction left out, of what the report keeps of its holdout.
+
+    Of classification: the likeliest class; of multilabel: the classes shown; of detection: each box, unsure ones too.
+    """
+    reported = problem.of(report.problem_type).reported
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for image in report.holdout:
+        for score, right in reported(image.truth, image.challenger):
+            bins.setdefault(min(int(score * _REPORTED_BINS), _REPORTED_BINS - 1), []).append((score, right))
+    return [
+        Bin(
+            count=len(its),
+            score=sum(score for score, _ in its) / len(its),
+            right=paired.share(sum(right for _, right in its), len(its), 0.95),
+        )
+        for _, its in sorted(bins.items())
+    ]
 
 
 def certainties(kind: ProblemTypeName, candidates: Sequence[Sequence[Region]], card: ModelCard) -> list[float]:

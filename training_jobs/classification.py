@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from labelloop import problem_types
 from labelloop.model_config import ModelConfig
-from labelloop.records import ManifestRow, ModelCard, Region, Scores
+from labelloop.records import Interval, ManifestRow, ModelCard, Region, Scores
 from training_jobs import decisions, label_quality, paired
 from training_jobs.decisions import Decisions
 from training_jobs.heads import Logits
@@ -56,6 +56,19 @@ class Classification:
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
         return decisions.of_classes(rows, candidates, classes)
+
+    def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
+        return decisions.named(truth, found)
+
+    def interval(
+        self,
+        truths: Sequence[Sequence[Region]],
+        found: Sequence[Sequence[Region]],
+        classes: Sequence[str],  # noqa: ARG002 - others' depends on it
+        confidence: float,
+    ) -> Interval:
+        right = sum(guess[0].label == truth[0].label for truth, guess in zip(truths, found, strict=True))
+        return paired.share(right, len(truths), confidence)
 
     def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:
         return truth[0].label in shared

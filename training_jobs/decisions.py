@@ -43,11 +43,26 @@ def of_boxes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]]
     """One a box, about whether it is right: whether it has a true box of its class to itself, with an IoU of a half or more."""
     scores, right = [], []
     for row, regions in zip(rows, candidates, strict=True):
-        for name in classes:
-            found = sorted((region for region in regions if region.label == name), key=lambda region: -(region.score or 0.0))
-            scores += [region.score or 0.0 for region in found]
-            right += matches([region for region in row.regions if region.label == name], found)
+        decided = boxed(row.regions, [region for region in regions if region.label in classes])
+        scores += [score for score, _ in decided]
+        right += [true for _, true in decided]
     return _of_two(np.array(scores, dtype=np.float64), np.array(right, dtype=bool))
+
+
+def named(truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
+    """The score of each class that is said of an image, and whether it is right."""
+    there = {region.label for region in truth}
+    return [(region.score or 0.0, region.label in there) for region in found]
+
+
+def boxed(truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
+    """The score of each box that is found in an image, and whether it is right; see `of_boxes`."""
+    decided: list[tuple[float, bool]] = []
+    for name in dict.fromkeys(region.label for region in found):
+        best = sorted((region for region in found if region.label == name), key=lambda region: -(region.score or 0.0))
+        hits = matches([region for region in truth if region.label == name], best)
+        decided += [(region.score or 0.0, hit) for region, hit in zip(best, hits, strict=True)]
+    return decided
 
 
 def _of_two(probability: Floats, true: NDArray[np.bool_]) -> Decisions:

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from labelloop.model_config import ModelConfig
-from labelloop.records import ManifestRow, ModelCard, Region, Scores
+from labelloop.records import Interval, ManifestRow, ModelCard, Region, Scores
 from training_jobs import decisions, heads, label_quality, paired
 from training_jobs.average_precision import AveragePrecision
 from training_jobs.decisions import Decisions
@@ -59,6 +59,18 @@ class Detection:
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
         return decisions.of_boxes(rows, candidates, classes)
+
+    def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
+        return decisions.boxed(truth, found)
+
+    def interval(
+        self,
+        truths: Sequence[Sequence[Region]],
+        found: Sequence[Sequence[Region]],
+        classes: Sequence[str],
+        confidence: float,
+    ) -> Interval:
+        return paired.resampled(AveragePrecision(truths, found, classes), len(truths), confidence)
 
     def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:  # noqa: ARG002 - others' depends on it
         """Every image: a box where there is nothing is wrong."""

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_f1_score
 
 from labelloop import problem_types
 from labelloop.model_config import ModelConfig
-from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Region, Scores
+from labelloop.records import METRIC_TITLES, Interval, ManifestRow, ModelCard, Region, Scores
 from training_jobs import decisions, label_quality, paired
 from training_jobs.decisions import Decisions
 from training_jobs.heads import Logits
@@ -56,6 +56,18 @@ class Multilabel:
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
         return decisions.of_sets(rows, candidates, classes)
+
+    def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
+        return decisions.named(truth, found)
+
+    def interval(
+        self,
+        truths: Sequence[Sequence[Region]],
+        found: Sequence[Sequence[Region]],
+        classes: Sequence[str],
+        confidence: float,
+    ) -> Interval:
+        return paired.resampled(F1(truths, found, classes), len(truths), confidence)
 
     def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:  # noqa: ARG002 - others' depends on it
         """Every image: that a class is not there is a decision, too."""

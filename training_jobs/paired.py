@@ -1,6 +1,7 @@
-"""Intervals of the difference between two models that were measured on the same images.
+"""Intervals of the difference between two models that were measured on the same images, and of one model's own figure.
 
-All bounds are one-sided: each holds with the given confidence by itself, those of the classes all together.
+All bounds of a difference are one-sided: each holds with the given confidence by itself, those of the classes all together. Those
+of a model's own figure hold with it both together.
 """
 
 from __future__ import annotations
@@ -154,6 +155,24 @@ def bootstrapped(
         total=intervals[0],
         per_class=dict(zip(seen, intervals[1:], strict=True)),
     )
+
+
+def share(right: int, images: int, confidence: float) -> Interval:
+    """How often a model is right: Wilson's score interval. Of no image nothing is known: 0 to 1."""
+    if not images:
+        return Interval(value=0.0, low=0.0, high=1.0)
+    found = binomtest(right, images).proportion_ci(confidence, "wilson")
+    return Interval(value=right / images, low=float(found.low), high=float(found.high))
+
+
+def resampled(figures: Figures, images: int, confidence: float) -> Interval:
+    """A model's own metric: a bootstrap over images, widened as `bootstrapped` widens it. The seed is fixed."""
+    both = (1 + confidence) / 2
+    random, even = np.random.default_rng(_SEED), np.full(images, 1 / images)
+    drawn = [figures(random.multinomial(images, even, _AT_ONCE).astype(np.float64)) for _ in range(_RESAMPLES // _AT_ONCE)]
+    value, aside, hidden = float(figures(np.ones((1, images)))[0, 0]), 1 - _expanded(both, images), unseen(images, _z(both))
+    low, high = np.nanquantile(np.concatenate(drawn)[:, 0], (aside, 1 - aside))
+    return Interval(value=value, low=max(0.0, min(float(low), value - hidden)), high=min(1.0, max(float(high), value + hidden)))
 
 
 def _together(confidence: float, classes: int) -> float:

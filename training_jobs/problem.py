@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from labelloop.model_config import ModelConfig
-from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region, Scores
+from labelloop.records import Interval, ManifestRow, ModelCard, ProblemTypeName, Region, Scores
 from training_jobs.classification import Classification
 from training_jobs.decisions import Decisions
 from training_jobs.detection import Detection
@@ -58,6 +58,16 @@ class Problem(Protocol):
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
         """What the model decided about images, from all that it took into consideration, and what came true."""
+        ...
+
+    def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
+        """The score of each thing that an evaluation report keeps of an image, and whether it is right."""
+        ...
+
+    def interval(
+        self, truths: Sequence[Sequence[Region]], found: Sequence[Sequence[Region]], classes: Sequence[str], confidence: float
+    ) -> Interval:
+        """The metric with its interval, from what an evaluation report keeps of its images, of which there is at least one."""
         ...
 
     def comparable(self, truth: Sequence[Region], shared: Sequence[str]) -> bool:

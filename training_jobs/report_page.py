@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,34 +14,26 @@ from matplotlib.figure import Figure
 from labelloop.dataset import resolution
 from labelloop.promotion import in_points
 from labelloop.records import METRIC_TITLES, Comparison, Evaluation, GateRules, Interval, Metric, Region, Scores, Verdict
+from training_jobs.drawing import BAD, GOOD, INK, draw_confusion, render, svg
 
 _HEADLINES: dict[Verdict, str] = {
     "promote": "Promote: it takes over",
     "keep": "Keep: the champion goes on serving",
     "undecided": "Undecided: the champion goes on serving",
 }
-_FIGURES: dict[Metric, str] = {"accuracy": "recall", "f1": "F1", "map_50": "average precision"}
-_GOOD, _BAD, _INK = "#1b7a43", "#a8322a", "#1d2733"
-_NUMBERED = 20  # classes up to which a confusion matrix shows its numbers
-_NAMED = 60  # classes up to which it names them
+FIGURES: dict[Metric, str] = {"accuracy": "recall", "f1": "F1", "map_50": "average precision"}
 
 
 def write(evaluation: Evaluation, file: Path) -> None:
     """Write the page of a complete report: its verdict is there and its version is known."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     comparison, rules = evaluation.comparison, evaluation.gate
-    page = environment.get_template("evaluation.html.jinja").render(
+    page = render(
+        Path(__file__).with_name("evaluation.html.jinja"),
         report=evaluation,
         comparison=comparison,
         verdict=_HEADLINES[evaluation.verdict],
         tiles=_tiles(evaluation),
-        figure=_FIGURES[evaluation.challenger.metric],
+        figure=FIGURES[evaluation.challenger.metric],
         difference_plot=_difference_plot(comparison, evaluation) if comparison else "",
         explanation=_explanation(comparison, rules) if comparison else "",
         classes=_classes(evaluation),
@@ -147,12 +136,12 @@ def _difference_plot(comparison: Comparison, evaluation: Evaluation) -> Markup:
     """The difference with its bounds, against no difference and against what is still allowed."""
     difference, margin = comparison.difference, evaluation.gate.margin
     low, value, high = (100 * number for number in (difference.low, difference.value, difference.high))
-    colour = _GOOD if low > 0 else _BAD if high < 0 else _INK
+    colour = GOOD if low > 0 else BAD if high < 0 else INK
     figure = Figure(figsize=(9.6, 1.9), layout="constrained")
     axes: Axes = figure.subplots()
-    axes.axvspan(-100 * margin, 0, color="#eef1f4", lw=0)
-    axes.axvline(0, color=_INK, lw=1)
-    axes.axvline(-100 * margin, color=_BAD, lw=1, ls=(0, (4, 3)))
+    axes.axvspan(-100 * margin, 0, color=INK, alpha=0.07, lw=0)
+    axes.axvline(0, color=INK, lw=1)
+    axes.axvline(-100 * margin, color=BAD, lw=1, ls=(0, (4, 3)))
     axes.errorbar([value], [0], xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=6, lw=2.5, ms=9)
     axes.annotate(in_points(difference), (value, 0), xytext=(0, 14), textcoords="offset points", ha="center", color=colour)
     reach = 1.25 * max(abs(low), abs(high), 100 * margin, 1)
@@ -161,7 +150,7 @@ def _difference_plot(comparison: Comparison, evaluation: Evaluation) -> Markup:
     title = METRIC_TITLES[evaluation.challenger.metric]
     axes.set_xlabel(f"{title}, percentage points more than version {before}; dashed: the margin ({100 * margin:.3g})")
     axes.spines[["left", "right", "top"]].set_visible(False)
-    return _svg(figure, "difference")
+    return svg(figure, "difference", f"the difference to version {before}: {in_points(difference)}")
 
 
 def _confusion_plot(evaluation: Evaluation) -> Markup | str:
@@ -176,38 +165,7 @@ def _confusion_plot(evaluation: Evaluation) -> Markup | str:
     most = max(count for _, matrix in matrices for row in matrix for count in row)
     for axes, (title, matrix) in zip(figure.subplots(1, 2), [*matrices, ("", [])][:2], strict=True):
         if matrix:
-            _draw_confusion(axes, matrix, title, evaluation.classes, most)
+            draw_confusion(axes, matrix, title, evaluation.classes, most)
         else:
             axes.set_axis_off()
-    return _svg(figure, "confusion")
-
-
-def _draw_confusion(axes: Axes, matrix: list[list[int]], title: str, classes: Sequence[str], most: int) -> None:
-    # A logarithmic scale: mistakes are few beside what is right, and are what one looks for.
-    scale = matplotlib.colors.SymLogNorm(linthresh=1, vmin=0, vmax=max(most, 1))
-    axes.imshow(matrix, cmap="Blues", norm=scale)
-    axes.set(title=title, xlabel="predicted", ylabel="annotated")
-    axes.spines[:].set_visible(False)
-    if len(classes) > _NAMED:
-        axes.set(xticks=[], yticks=[])
-        return
-    names = [name.replace("$", r"\$") for name in classes]  # no formulas
-    size = 9 if len(classes) <= _NUMBERED else 5
-    axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
-    axes.set_yticks(range(len(names)), names, fontsize=size)
-    if len(classes) > _NUMBERED:
-        return
-    for row, counts in enumerate(matrix):
-        for column, count in enumerate(counts):
-            if count:
-                colour = "white" if scale(count) > 0.55 else _INK
-                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=size)
-
-
-def _svg(figure: Figure, name: str) -> Markup:
-    """A figure to stand within the page; `name` keeps its ids apart from the others'. matplotlib escapes what it draws."""
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["system-ui", "DejaVu Sans"]}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = file.getvalue()
-    return Markup(text[text.index("<svg") :])  # noqa: S704 - see above
+    return svg(figure, "confusion", "confusion matrix of " + " and of ".join(title for title, _ in matrices))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from labelloop import problem_types
-from labelloop.records import BoxRules, ManifestRow, ModelCard, ProblemTypeName, Region
-from tests.examples import model_card
+from labelloop.records import BoxRules, Evaluation, HoldoutImage, ManifestRow, ModelCard, ProblemTypeName, Region
+from tests.examples import evaluation, model_card
 from training_jobs import calibration
 
 CLASSES = ["a", "b", "c"]
@@ -53,6 +53,31 @@ def boxes(count: int, overconfidence: float) -> tuple[list[ManifestRow], list[li
     scores = 1 / (1 + np.exp(-honest * overconfidence))
     rows = [row(Region(label="a", box=BOX if it else ELSEWHERE)) for it in right]
     return rows, [[Region(label="a", box=BOX, score=float(score))] for score in scores]
+
+
+def report(kind: ProblemTypeName, rows: list[ManifestRow], found: list[list[Region]]) -> Evaluation:
+    holdout = [HoldoutImage(sha256="0" * 64, truth=row.regions, challenger=its) for row, its in zip(rows, found, strict=True)]
+    return msgspec.structs.replace(evaluation(), problem_type=kind, classes=CLASSES, holdout=holdout)
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "detection"])
+@pytest.mark.parametrize("overconfidence", [1, 4])
+def test_reliability_holds_scores_against_the_truth(kind: ProblemTypeName, overconfidence: float) -> None:
+    if kind == "detection":
+        rows, found = boxes(4000, overconfidence)
+    else:
+        rows, logits = drawn(kind, 4000)
+        chosen = problem_types.of(kind).chosen
+        found = [list(chosen(its, card(kind))) for its in said(kind, overconfidence * logits)]
+    bins = calibration.reliability(report(kind, rows, found))
+    assert sum(its.count for its in bins) == sum(map(len, found))
+    assert [its.score for its in bins] == sorted(its.score for its in bins)
+    outside = [its for its in bins if not its.right.low <= its.score <= its.right.high]
+    assert (len(outside) <= len(bins) // 4) if overconfidence == 1 else (len(outside) > len(bins) // 2)
+
+
+def test_reliability_of_no_prediction_is_empty() -> None:
+    assert calibration.reliability(report("detection", [row(Region(label="a", box=BOX))], [[]])) == []
 
 
 @pytest.mark.parametrize("kind", CHOICES)

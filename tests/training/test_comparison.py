@@ -251,3 +251,47 @@ def test_a_single_image_tells_next_to_nothing(kind: ProblemTypeName) -> None:
     assert found is not None
     assert found.difference.value == 1
     assert found.difference.low < 0.3
+
+
+def test_the_interval_of_an_accuracy_is_wilsons() -> None:
+    """Newcombe (Statistics in Medicine 17, 1998, 857-872), method 3: 81 of 263, 15 of 148, 0 of 20."""
+    for right, images, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        found = paired.share(right, images, 0.95)
+        assert (found.value, found.low, found.high) == pytest.approx((right / images, low, high), abs=5e-5)
+    assert paired.share(0, 0, 0.95).high - paired.share(0, 0, 0.95).low == 1  # of nothing, nothing is known
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "detection"])
+def test_the_interval_of_a_models_own_figure_holds_as_often_as_it_says(kind: ProblemTypeName) -> None:
+    """Many small holdouts of one model, whose true figure a large one tells."""
+    measure = problem.of(kind)
+
+    def holdout(seed: int, images: int) -> tuple[list[list[Region]], list[list[Region]]]:
+        random = np.random.default_rng(seed)
+        truths, found = [], []
+        for _ in range(images):
+            box = (0.1, 0.1, 0.5, 0.5) if kind == "detection" else None
+            label, wrong = random.choice(ABC, 2, replace=False)
+            guess = label if random.random() < 0.8 else wrong
+            truths.append([Region(label=str(label), box=box)])
+            found.append([Region(label=str(guess), box=box, score=float(random.random()))])
+        return truths, found
+
+    large = holdout(0, 2000)
+    true = measure.scores(rows(large[0]), large[1], ABC, 1).value
+    intervals = [measure.interval(*holdout(seed, 60), ABC, 0.95) for seed in range(1, 41)]
+    hold = sum(its.low <= true <= its.high for its in intervals)
+    assert hold >= 35  # of 40; 38 are expected
+    assert all(0 <= its.low < its.value < its.high <= 1 for its in intervals)
+    narrow = measure.interval(*holdout(1, 600), ABC, 0.95)
+    assert narrow.high - narrow.low < 0.12
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "detection"])
+def test_a_model_that_made_no_mistake_yet_may_make_some(kind: ProblemTypeName) -> None:
+    box = (0.1, 0.1, 0.5, 0.5) if kind == "detection" else None
+    for images in (1, 10):
+        truths = [[Region(label="a", box=box, score=0.9)]] * images
+        found = problem.of(kind).interval(truths, truths, ABC, 0.95)
+        assert [found.value, found.high] == pytest.approx([1, 1])
+        assert found.low < 1 - 2 / (images + 4)

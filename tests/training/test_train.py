@@ -21,6 +21,7 @@ from cli.examples import Example, digits
 from labelloop.inference import Model
 from labelloop.launcher import COMMAND
 from labelloop.records import ManifestRow, Region
+from labelloop.registry import Registry
 from tests.examples import brightness_model
 from tests.training.conftest import EPOCHS, job_environment
 from tests.training.opt_ml import REPOSITORY, OptMl, manifest_rows
@@ -70,6 +71,13 @@ def finished(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"epoch {EPOCHS} of {EPOCHS}: loss " in done.stdout
     return job
+
+
+def test_how_far_a_job_is_can_be_asked(finished: OptMl, mlflow_url: str) -> None:
+    registry = Registry(mlflow_url)
+    assert registry.epoch("digits", "job-finished") == EPOCHS
+    assert registry.epoch("digits", "job-unknown") is None
+    assert registry.epoch("no-such-model", "job-finished") is None
 
 
 def test_the_report_is_what_the_exported_model_says(finished: OptMl, images: list[Example], rows: list[ManifestRow]) -> None:

@@ -51,6 +51,17 @@ def test_a_legacy_token_is_sent_as_it_is(server: RecordingServer, client: LabelS
     assert [request.path.partition("?")[0] for request in server.requests] == ["/api/tasks", "/api/projects/1", "/api/tasks"]
 
 
+def test_open_tasks_with_a_versions_prediction_are_counted(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body={"tasks": [], "total": 17, "total_annotations": 0})
+    assert client.count_predicted(1, "digits v2") == 17
+    (request,) = server.requests
+    assert query(request)["page_size"] == "1"
+    assert [(its["filter"], its["operator"], its["value"]) for its in view(request)["filters"]["items"]] == [
+        ("filter:tasks:predictions_model_versions", "contains", ["digits v2"]),
+        ("filter:tasks:total_annotations", "equal", 0),
+    ]
+
+
 def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_old(
     server: RecordingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +105,7 @@ def test_a_personal_token_that_is_refused_is_an_error(server: RecordingServer, a
 CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "count_annotated": lambda client: client.count_annotated(1),
     "counts": lambda client: client.counts(1),
+    "count_predicted": lambda client: client.count_predicted(1, "digits v2"),
     "tally": lambda client: client.tally(1),
     "annotated_tasks": lambda client: list(client.annotated_tasks(1)),
     "annotations_of": lambda client: client.annotations_of(1, [1]),

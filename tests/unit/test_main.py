@@ -20,6 +20,9 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
     [
         (["status", "digits"], 2, "labelloop up"),
         (["status", "digits", "--stage", "dev"], 2, "AWS is not configured"),
+        (["status", "--watch"], 2, "labelloop status --json"),
+        (["report", "digits"], 2, "labelloop up"),
+        (["report", "no-such-model"], 2, "no-such-model"),
         (["rollback", "digits"], 2, "labelloop up"),
         (["retrain", "digits", "--wait"], 2, "labelloop up"),
         (["promote", "digits", "2"], 2, "Missing option '--reason'"),
@@ -40,13 +43,13 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
 def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int, said: str) -> None:
     done = labelloop(*words, folder=tmp_path)
     assert done.returncode == code, done.stderr
-    assert said in " ".join(done.stderr.split())
+    assert said in " ".join(done.stderr.replace("│", " ").split())  # without its box
     assert "Traceback" not in done.stderr
 
 
 def test_every_command_explains_itself(tmp_path: Path) -> None:
     assert labelloop("--help", folder=tmp_path).returncode == 0
-    laptop, model = ("demo", "up", "down", "status", "lineage"), ("create-new-model", "check", "config-schema")
+    laptop, model = ("demo", "up", "down", "status", "report", "lineage"), ("create-new-model", "check", "config-schema")
     operations = ("retrain", "rollback", "promote", "rotate-secrets", "erase", "redrive")
     for command in (*laptop, *model, "setup-label-studio-project", "upload-images", *operations):
         done = labelloop(command, "--help", folder=tmp_path)

@@ -39,6 +39,10 @@ class LabelStudio:
         self._ask("counts")
         return {"tasks": 1800, "annotated": len(self.annotated)}
 
+    def count_predicted(self, project: int, version: str) -> int:
+        self._ask("predicted")
+        return 1200 if version == "digits v2" else 0
+
     def annotated_tasks(self, project: int) -> Iterator[list[AnnotatedTask]]:
         self._ask("annotated tasks")
         yield self.annotated
@@ -216,6 +220,13 @@ def test_auto_accept_says_how_it_stands(busy: Stage, accept_from: float | None, 
     report = msgspec.structs.replace(examples.evaluation(version=2), accept_from=accept_from)
     busy.bucket.put(artifacts.evaluation_key("digits", 2), msgspec.json.encode(report))
     assert any(line.startswith("auto-accept") and expected in line for line in said(busy.status()))
+
+
+def test_what_the_champion_has_predicted_is_counted(busy: Stage) -> None:
+    busy.label_studio.annotated = [examples.annotated_task(number) for number in range(1, 4)]
+    assert busy.status().predicted == 1200
+    (line,) = (line for line in said(busy.status()) if line.startswith("annotations"))
+    assert "3 of 1,800 tasks; the champion has predicted 1,200 of the others" in line
 
 
 def test_a_label_studio_that_is_down_costs_only_its_own_figures(busy: Stage) -> None:

@@ -43,7 +43,7 @@ JOB = {
 
 def test_parts_are_in_order_and_add_up_to_the_whole() -> None:
     timing = Timing(seconds=PHASES, images_per_second=None, waiting=None, decoded=0)
-    parts = turnaround(NOON, JOB, promotion(timing), at(58))
+    parts = turnaround(JOB, promotion(timing), annotated_at=NOON, served_at=at(58))
     assert parts == {
         "queue": 3.0,
         "machine and channels": 4.0,
@@ -58,6 +58,13 @@ def test_parts_are_in_order_and_add_up_to_the_whole() -> None:
 
 
 def test_a_job_that_says_nothing_of_its_phases_is_one_part() -> None:
-    parts = turnaround(NOON, JOB, promotion(None), at(58))
+    parts = turnaround(JOB, promotion(None), annotated_at=NOON, served_at=at(58))
     assert parts["start of the process"] == 43.0
     assert sum(parts.values()) == pytest.approx(58)
+
+
+def test_what_is_not_known_of_before_and_after_is_left_out() -> None:
+    timing = Timing(seconds=PHASES, images_per_second=None, waiting=None, decoded=0)
+    parts = turnaround(JOB, promotion(timing))
+    assert (next(iter(parts)), list(parts)[-1]) == ("machine and channels", "gate")
+    assert sum(parts.values()) == pytest.approx(55 - 3)

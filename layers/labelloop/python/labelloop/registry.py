@@ -56,6 +56,16 @@ class Registry:
 
     def runs_of(self, model: str, digest: str) -> list[Run]:
         """The runs, deleted ones too, that trained on a dataset snapshot."""
+        runs = self._runs(model, f"tags.dataset_digest = '{digest}'")
+        return [Run(run["info"]["run_id"], run["info"]["artifact_uri"]) for run in runs]
+
+    def epoch(self, model: str, job_name: str) -> int | None:
+        """The last epoch that a training job has noted; None while it has noted none."""
+        runs = self._runs(model, f"tags.job_name = '{job_name}'")
+        losses = [int(its.get("step", 0)) for run in runs for its in run["data"].get("metrics", []) if its["key"] == "loss"]
+        return max(losses, default=None)
+
+    def _runs(self, model: str, where: str) -> list[dict[str, Any]]:
         try:
             found = self._call("GET", f"experiments/get-by-name?{urlencode({'experiment_name': model})}")
         except RegistryError as error:
@@ -64,12 +74,11 @@ class Registry:
             return []
         asked = {
             "experiment_ids": [found["experiment"]["experiment_id"]],
-            "filter": f"tags.dataset_digest = '{digest}'",
+            "filter": where,
             "run_view_type": "ALL",
             "max_results": 1000,
         }
-        runs = self._call("POST", "runs/search", asked).get("runs", [])
-        return [Run(run["info"]["run_id"], run["info"]["artifact_uri"]) for run in runs]
+        return list(self._call("POST", "runs/search", asked).get("runs", []))
 
     def artifact(self, path: str) -> bytes | None:
         """A file that the server hands out (`Run.served` and its name), or None when there is none."""

@@ -143,6 +143,11 @@ class LabelStudioClient:
         answer = self._json("GET", f"/api/projects/{project}?include=id,task_number")
         return {"tasks": int(answer["task_number"]), "annotated": self.tally(project).tasks}
 
+    def count_predicted(self, project: int, version: str) -> int:
+        """The tasks without an annotation that have a prediction of a version."""
+        waiting = [("predictions_model_versions", "contains", "List", [version]), ("total_annotations", "equal", "Number", 0)]
+        return self._page(project, waiting, ordering="tasks:id", limit=1, fields="id").total
+
     def model_version(self, project: int) -> str:
         """The version whose predictions the project shows and orders tasks by: the title of its backend."""
         return str(self._json("GET", f"/api/projects/{project}?include=id,model_version")["model_version"])
@@ -169,7 +174,10 @@ class LabelStudioClient:
     def _annotated_page(
         self, project: int, filters: list[tuple[str, str, str, Any]], *, ordering: str, limit: int, fields: str
     ) -> _Page:
-        filters = [*filters, ("total_annotations", "greater", "Number", 0)]
+        annotated = ("total_annotations", "greater", "Number", 0)
+        return self._page(project, [*filters, annotated], ordering=ordering, limit=limit, fields=fields)
+
+    def _page(self, project: int, filters: list[tuple[str, str, str, Any]], *, ordering: str, limit: int, fields: str) -> _Page:
         items = [
             {"filter": f"filter:tasks:{column}", "operator": operator, "type": kind, "value": value}
             for column, operator, kind, value in filters
@@ -180,7 +188,7 @@ class LabelStudioClient:
         try:
             return msgspec.json.decode(body, type=_Page)
         except ValueError as error:  # no JSON, not UTF-8, or not of the type
-            raise LabelStudioError(f"Label Studio listed what are no annotated tasks: {error}") from error
+            raise LabelStudioError(f"Label Studio listed what are no tasks: {error}") from error
 
     def annotations_of(self, project: int, tasks: Sequence[int]) -> list[AnnotatedTask]:
         """Those of the tasks that are annotated, with their annotations."""
