@@ -8,7 +8,7 @@ from typing import Any
 
 from labelloop.records import Promotion
 
-TRAINING = ("fit", "out-of-fold")  # phases of the job that are training itself; the rest is what the loop adds
+TRAINING = ("probe", "fit", "out-of-fold")  # phases of the job that are training itself; the rest is what the loop adds
 
 
 def turnaround(
