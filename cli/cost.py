@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from infra_cdk.stage_facts import LOCAL, StageFacts
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.policy import due_at
@@ -513,7 +514,7 @@ def report(
     )
 
 
-def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predict_start: str = "cold") -> dict[str, Resource]:
+def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, facts: StageFacts) -> dict[str, Resource]:
     """Every resource of the stage's stacks with these models, by `stack/logical id`. Layers are not built.
 
     Raises `ConfigError`, for the laptop's stage too.
@@ -522,7 +523,7 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predic
 
     import infra_cdk.app
     from infra_cdk.sources import ROOT
-    from infra_cdk.stage import LOCAL
+    from infra_cdk.stage import Stage
 
     if stage == LOCAL:
         raise ConfigError("cost", "the laptop's stack costs nothing; name a stage of AWS, such as prod", "stage")
@@ -531,18 +532,11 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predic
         for name in names:
             shutil.copytree(str(models[name].folder), Path(folder) / "models" / name)
         app = cdk.App(
-            context={
-                "label_studio_url": "https://label-studio.invalid",  # where it is costs nothing
-                **context,
-                "stage": stage,
-                "predict_start": predict_start,
-                "model_configs": f"{folder}/models",
-                "aws:cdk:bundling-stacks": [],
-            },
+            context={**context, "aws:cdk:bundling-stacks": []},
             outdir=f"{folder}/out",
             analytics_reporting=False,
         )
-        infra_cdk.app.build(app)
+        infra_cdk.app.build(app, Stage(name=stage, models=ModelConfigs(Path(folder) / "models"), facts=facts))
         stacks = [(stack.stack_name, stack.template) for stack in app.synth().stacks]
     return {f"{name}/{id}": resource for name, template in stacks for id, resource in template["Resources"].items()}
 

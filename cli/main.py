@@ -196,9 +196,6 @@ def cost(
     predict_ms: Annotated[float, typer.Option(min=0, help="Milliseconds of Lambda for a prediction.")] = 300,
     spot_share: Annotated[float, typer.Option(min=0, max=1, help="What spot costs of the price on demand.")] = 0.5,
     stage: Annotated[str, typer.Option(help="The stage whose stacks are priced.")] = "prod",
-    predict_start: Annotated[
-        str, typer.Option(help="As cdk's -c predict_start: cold, snapshot, or how many environments are kept ready.")
-    ] = "cold",
     region: Annotated[str, typer.Option(help="The region of AWS whose prices count.")] = "us-east-1",
     as_json: AsJson = False,
 ) -> None:
@@ -207,6 +204,7 @@ def cost(
     Reads the templates that would be deployed and the dated prices of cli/prices.toml; calls no service and needs no account.
     """
     from cli import cost as costs
+    from infra_cdk.stage_facts import read_facts
 
     prices = costs.PriceTable.read(region)
     configs = ModelConfigs.find()
@@ -221,7 +219,7 @@ def cost(
         predict_ms=predict_ms,
         spot_share=spot_share,
     )
-    resources = costs.synthesize(configs, names, stage, predict_start=predict_start)
+    resources = costs.synthesize(configs, names, stage, read_facts(stage))
     found = costs.report([configs[name].config for name in names], resources, usage, prices, stage)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())

@@ -1,4 +1,4 @@
-"""The CDK app: `python -m infra_cdk.app`, as cdk.json has it. docs/architecture.md lists the context values."""
+"""The CDK app: `python -m infra_cdk.app`, as cdk.json has it. stages.yaml has the stages."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from infra_cdk.stage import Stage
 from labelloop.errors import LabelloopError, exit_code
 
 
-def build(app: cdk.App) -> Stage:
-    """Add the stacks of the stage that the app's context names, three or with workflows four. Raises `ConfigError`."""
-    stage = Stage.from_context(app.node)
+def build(app: cdk.App, stage: Stage | None = None) -> Stage:
+    """Add the stacks of a stage, by default of the one that the app's context names. Raises `ConfigError`."""
+    stage = stage or Stage.from_context(app.node)
     state = StateStack(app, f"{stage.prefix}-state", stage=stage)
     training = TrainingStack(app, f"{stage.prefix}-training", stage=stage, state=state)
-    serving = ServingStack(app, f"{stage.prefix}-serving", stage=stage, state=state, training=training)
-    if stage.workflows:
+    ServingStack(app, f"{stage.prefix}-serving", stage=stage, state=state, training=training)
+    if stage.facts.workflows:
         WorkflowsStack(
             app,
             f"{stage.prefix}-workflows",
             stage=stage,
-            workflows=stage.workflows,
+            workflows=stage.facts.workflows,
             state=state,
             training=training,
-            serving=serving,
         )
     cdk.Tags.of(app).add("labelloop:stage", stage.name)
     if not stage.is_local:

@@ -17,7 +17,7 @@ class MlflowApp(Construct):
 
     def __init__(self, scope: Construct, id: str, *, stage: Stage) -> None:
         super().__init__(scope, id)
-        bucket = PrivateBucket(self, "Artifacts")
+        bucket = PrivateBucket(self, "Artifacts", stage=stage)
         role = iam.Role(self, "Role", assumed_by=iam.ServicePrincipal("sagemaker.amazonaws.com"))
         allow_reading_objects(role, bucket, "mlflow/")
         allow_writing_objects(role, bucket, "mlflow/")

@@ -38,9 +38,7 @@ class PythonFunction(lambda_.Function):
         concurrency: int | None = None,
         snapshot: bool = False,
     ) -> None:
-        log_group = logs.LogGroup(
-            scope, f"{id}Log", retention=logs.RetentionDays.ONE_MONTH, removal_policy=cdk.RemovalPolicy.DESTROY
-        )
+        log_group = logs.LogGroup(scope, f"{id}Log", retention=stage.log_retention, removal_policy=cdk.RemovalPolicy.DESTROY)
         role = iam.Role(scope, f"{id}Role", assumed_by=iam.ServicePrincipal("lambda.amazonaws.com"))
         log_group.grant_write(role)
         super().__init__(

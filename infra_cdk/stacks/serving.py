@@ -46,7 +46,7 @@ class ServingStack(cdk.Stack):
             layers=[layers.core, layers.library],
             memory_mb=_FULL_CPU_MB,  # its cold start is part of Label Studio's one second for health; it runs once an hour
             timeout=cdk.Duration.seconds(10),
-            concurrency=_AUTHORIZE_AT_ONCE if stage.reserves_concurrency else None,
+            concurrency=_AUTHORIZE_AT_ONCE if stage.facts.reserved_concurrency else None,
         )
         allow_reading_backend_secrets(authorize.execution_role, stage=stage)
         cloudwatch.Alarm(
@@ -84,7 +84,7 @@ class ServingStack(cdk.Stack):
             layers=with_models,
             memory_mb=memory_mb,
             timeout=cdk.Duration.seconds(_SERVE_SECONDS),
-            concurrency=_PARTS_AT_ONCE if stage.reserves_concurrency else None,
+            concurrency=_PARTS_AT_ONCE if stage.facts.reserved_concurrency else None,
         )
         allow_reading_objects(part.execution_role, state.images, "images/")
         allow_reading_objects(part.execution_role, state.artifacts, "models/")
@@ -104,8 +104,8 @@ class ServingStack(cdk.Stack):
             layers=with_models,
             memory_mb=memory_mb,
             timeout=cdk.Duration.seconds(_SERVE_SECONDS),
-            concurrency=_PREDICT_AT_ONCE if stage.reserves_concurrency else None,
-            snapshot=stage.predict_start == "snapshot",
+            concurrency=_PREDICT_AT_ONCE if stage.facts.reserved_concurrency else None,
+            snapshot=stage.facts.predict_start == "snapshot",
         )
         allow_reading_objects(predict.execution_role, state.images, "images/")
         allow_reading_objects(predict.execution_role, state.artifacts, "champions/", "models/")
@@ -129,7 +129,7 @@ class ServingStack(cdk.Stack):
 
         A version of CDK's goes when the next one comes, and its snapshot with it.
         """
-        if stage.predict_start == "cold":
+        if stage.facts.predict_start == "cold":
             return predict
         return lambda_.Alias(
             self,

@@ -22,10 +22,11 @@ class StateStack(cdk.Stack):
         super().__init__(
             scope, id, env=stage.env, description=f"labelloop {stage.name}: data", termination_protection=not stage.is_local
         )
-        self.images = PrivateBucket(self, "Images", cors=_cors(stage), sends_events=True)
+        self.images = PrivateBucket(self, "Images", stage=stage, cors=_cors(stage), sends_events=True)
         self.artifacts = PrivateBucket(
             self,
             "Artifacts",
+            stage=stage,
             lifecycle_rules=[
                 s3.LifecycleRule(id="checkpoints", prefix="checkpoints/", expiration=cdk.Duration.days(14)),
                 s3.LifecycleRule(id="indexes", prefix="indexes/", noncurrent_version_expiration=cdk.Duration.days(1)),
@@ -59,7 +60,7 @@ class StateStack(cdk.Stack):
             output(self, "LabelStudioUrl", stage.label_studio_url)
         else:
             cdk.Annotations.of(self).add_warning_v2(
-                "labelloop:label-studio-url", "no Label Studio is named yet: deploy with -c label_studio_url=URL before use"
+                "labelloop:label-studio-url", "no Label Studio is named yet: name it in stages.yaml before use"
             )
 
 

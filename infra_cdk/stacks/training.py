@@ -103,6 +103,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_TRAINING_ROLE": self._jobs.role.role_arn,
                 "LABELLOOP_TRAINING_IMAGE": self._jobs.image,
                 "LABELLOOP_TRAINING_CODE": self._jobs.code,
+                **self._stage.network_environment,
                 **self._stage.sagemaker_environment,
             },
         )

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.infra.templates import LOCAL_CONTEXT, PROD_CONTEXT, Templates, synthesize
+from tests.infra.templates import LOCAL_CONTEXT, Templates, context_of, synthesize
 
 
 @pytest.fixture(scope="session")
 def prod(tmp_path_factory: pytest.TempPathFactory) -> Templates:
-    return synthesize(PROD_CONTEXT, tmp_path_factory.mktemp("prod"))
+    folder = tmp_path_factory.mktemp("prod")
+    return synthesize(context_of(folder), folder / "out")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests import examples
-from tests.infra.templates import PROD_CONTEXT, Template, Templates, flat, synthesize
+from tests.infra.templates import Template, Templates, context_of, flat, synthesize
 
 # What is granted on "*", because the service knows no resource for it.
 WITHOUT_RESOURCE = {
@@ -188,7 +188,7 @@ def test_the_training_job_may_read_the_very_weights_that_configs_name(tmp_path: 
         config = yaml.safe_load(file.read_text())
         config["architecture"]["weights"] = weights
         file.write_text(yaml.safe_dump(config))
-    context = {**PROD_CONTEXT, "model_configs": str(tmp_path / "models")}
+    context = {**context_of(tmp_path), "model_configs": str(tmp_path / "models")}
     training = synthesize(context, tmp_path / "out").training
     (role,) = (name for name in training.of_type("IAM::Role") if name.startswith("JobsRole"))
     on_mirror = {
