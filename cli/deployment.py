@@ -18,6 +18,8 @@ from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import NotSetUpError, ServiceError, SettingsError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
+from labelloop.mlflow_token import MlflowToken
+from labelloop.registry import Registry
 from local.stack import Addresses, LaptopStack
 
 LAPTOP = Path(".labelloop/laptop")  # `labelloop up`
@@ -107,6 +109,12 @@ class Deployment:
     @property
     def mlflow_tracking_uri(self) -> str:
         return self.outputs["MlflowTrackingUri"]
+
+    @cached_property
+    def registry(self) -> Registry:
+        """MLflow; a server of one's own with the token that lies in the stage's secret."""
+        own = not self.laptop and not self.mlflow_tracking_uri.startswith("arn:")
+        return Registry(self.mlflow_tracking_uri, MlflowToken(f"labelloop/{self.stage}/mlflow") if own else None)
 
     @property
     def label_studio_url(self) -> str:

@@ -136,6 +136,11 @@ class Stage:
         return f"labelloop/{self.name}/label-studio"
 
     @property
+    def mlflow_secret(self) -> str | None:
+        """The secret with the token of an MLflow server; None where MLflow is an App, or a laptop's."""
+        return f"labelloop/{self.name}/mlflow" if self.mlflow_url and not self.is_local else None
+
+    @property
     def backend_secret_prefix(self) -> str:
         return f"labelloop/{self.name}/backend/"
 

@@ -16,6 +16,7 @@ from labelloop.announcements import announce
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
+from labelloop.mlflow_token import MlflowToken
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
 from labelloop.redelivery import Redelivery
@@ -35,9 +36,8 @@ def promoter() -> Promoter:
     def tell(promotion: Promotion) -> None:
         announce(events, settings.event_bus, "ModelPromoted" if promotion.verdict == "promote" else "ModelKept", promotion)
 
-    return Promoter(
-        Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), Registry(settings.mlflow_tracking_uri), tell
-    )
+    registry = Registry(settings.mlflow_tracking_uri, MlflowToken.of(settings))
+    return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell)
 
 
 def decide(record: SQSRecord) -> None:

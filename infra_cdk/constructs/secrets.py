@@ -17,7 +17,7 @@ _PLACEHOLDER = "not filled in yet: put a token of Label Studio here"
 
 
 class Secrets(Construct):
-    """Label Studio's token, filled in after the first deploy, and the generated password of each model's backend."""
+    """Tokens of Label Studio and of an MLflow server, filled in after the first deploy; each backend's generated password."""
 
     def __init__(self, scope: Construct, id: str, *, stage: Stage) -> None:
         super().__init__(scope, id)
@@ -30,6 +30,16 @@ class Secrets(Construct):
             removal_policy=cdk.RemovalPolicy.RETAIN,
         )
         acknowledge(label_studio, SMG4="Label Studio issues the token; Secrets Manager cannot rotate it")
+        if stage.mlflow_secret:
+            mlflow = secretsmanager.Secret(
+                self,
+                "Mlflow",
+                secret_name=stage.mlflow_secret,
+                description="Token that labelloop signs in to the MLflow server with; empty where it asks for none",
+                secret_object_value={"token": cdk.SecretValue.unsafe_plain_text("")},
+                removal_policy=cdk.RemovalPolicy.RETAIN,
+            )
+            acknowledge(mlflow, SMG4="the MLflow server issues the token; Secrets Manager cannot rotate it")
         for config in stage.configs:
             backend = secretsmanager.Secret(
                 self,
@@ -51,6 +61,12 @@ class Secrets(Construct):
 
 def allow_reading_label_studio_secret(role: iam.Role, *, stage: Stage) -> None:
     _allow_reading(role, f"{stage.label_studio_secret}-??????")  # Secrets Manager appends six characters
+
+
+def allow_reading_mlflow_secret(role: iam.Role, *, stage: Stage) -> None:
+    """Nothing where there is none."""
+    if stage.mlflow_secret:
+        _allow_reading(role, f"{stage.mlflow_secret}-??????")
 
 
 def allow_reading_backend_secrets(role: iam.Role, *, stage: Stage) -> None:

@@ -12,7 +12,8 @@ from aws_cdk import region_info
 from constructs import Construct
 
 from infra_cdk.constructs.grants import allow, allow_reading_objects, allow_writing_objects
-from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
+from infra_cdk.constructs.mlflow_app import MlflowApp
+from infra_cdk.constructs.secrets import allow_reading_mlflow_secret
 from infra_cdk.nag import acknowledge_wildcard
 from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
 from infra_cdk.stage import Stage
@@ -36,7 +37,7 @@ class TrainingJobs(Construct):
         stage: Stage,
         images: s3.IBucket,
         artifacts: s3.IBucket,
-        mlflow_app: str | None,
+        mlflow_app: MlflowApp | None,
     ) -> None:
         super().__init__(scope, id)
         self._stage = stage
@@ -60,7 +61,8 @@ class TrainingJobs(Construct):
         self._allow_reading_weights()
         self._allow_logs_and_metrics()
         if mlflow_app:
-            allow_calling_mlflow(self.role, mlflow_app)
+            mlflow_app.allow_recording(self.role)
+        allow_reading_mlflow_secret(self.role, stage=stage)
         if stage.facts.training_network:
             self._allow_joining_network(stage.facts.training_network)
         self.image = "local" if stage.is_local else self._container_image()

@@ -47,8 +47,8 @@ class StateStack(cdk.Stack):
         Secrets(self, "Secrets", stage=stage)
 
         # None where MLflow is a server of the user's own, which knows nothing of IAM.
-        self.mlflow_app = None if stage.mlflow_url else MlflowApp(self, "Mlflow", stage=stage).arn
-        self.mlflow_tracking_uri = stage.mlflow_url or self.mlflow_app or ""
+        self.mlflow_app = None if stage.mlflow_url else MlflowApp(self, "Mlflow", stage=stage)
+        self.mlflow_tracking_uri = stage.mlflow_url or (self.mlflow_app.arn if self.mlflow_app else "")
 
         output(self, "ImagesBucket", self.images.bucket_name)
         output(self, "ArtifactsBucket", self.artifacts.bucket_name)

@@ -18,12 +18,15 @@ from infra_cdk.constructs.grants import (
     allow_writing_objects,
 )
 from infra_cdk.constructs.layers import Layers
-from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
 from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.queue_worker import QueueWorker
-from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
+from infra_cdk.constructs.secrets import (
+    allow_reading_backend_secrets,
+    allow_reading_label_studio_secret,
+    allow_reading_mlflow_secret,
+)
 from infra_cdk.constructs.training_jobs import TrainingJobs
-from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment
+from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment, mlflow_environment
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
@@ -98,7 +101,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 **label_studio_environment(self._stage),
-                "LABELLOOP_MLFLOW_TRACKING_URI": self._state.mlflow_tracking_uri,
+                **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
                 "LABELLOOP_PROMOTE_QUEUE": promote.queue.queue_url,
                 "LABELLOOP_TRAINING_ROLE": self._jobs.role.role_arn,
                 "LABELLOOP_TRAINING_IMAGE": self._jobs.image,
@@ -123,7 +126,7 @@ class TrainingStack(cdk.Stack):
             environment={
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
-                "LABELLOOP_MLFLOW_TRACKING_URI": self._state.mlflow_tracking_uri,
+                **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
                 "LABELLOOP_EVENT_BUS": self._state.event_bus.event_bus_name,
             },
         )
@@ -132,7 +135,8 @@ class TrainingStack(cdk.Stack):
         allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")
         allow(role, "events:PutEvents", on=self._state.event_bus.event_bus_arn)
         if self._state.mlflow_app:
-            allow_calling_mlflow(role, self._state.mlflow_app)
+            self._state.mlflow_app.allow_calling(role)
+        allow_reading_mlflow_secret(role, stage=self._stage)
 
     def _add_refresh(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(

@@ -118,11 +118,6 @@ def test_adding_a_folder_is_all_it_takes_to_serve_another_model(tmp_path: Path) 
     assert {p.name for p in layers} == {"config.yaml", "labeling_template.xml"}
 
 
-def test_an_unchanged_tree_gives_unchanged_templates(prod: Templates, tmp_path: Path) -> None:
-    again = synthesize(context_of(tmp_path), tmp_path / "out")
-    assert [t.body for t in again] == [t.body for t in prod]
-
-
 @pytest.mark.parametrize(
     ("context", "key"),
     [
@@ -238,9 +233,16 @@ def test_production_is_checked_by_cdk_nag(tmp_path: Path) -> None:
         app.synth()
 
 
-def test_each_rule_that_is_not_followed_stands_in_the_documentation_with_its_reason(prod: Templates) -> None:
+def test_each_rule_that_is_not_followed_stands_in_the_documentation_with_its_reason(prod: Templates, tmp_path: Path) -> None:
+    network = {"subnets": ["subnet-1"], "security_groups": ["sg-1"]}
+    rest = context_of(
+        tmp_path, mlflow="https://mlflow.example.org", training_network=network, workflows={"repository": "acme/labels"}
+    )
+    app = new_app(rest, tmp_path / "out")
+    infra_cdk.app.build(app)
+    app.synth()
     done = set()
-    for file in prod.state.folder.glob("*.metadata.json"):
+    for file in [*prod.state.folder.glob("*.metadata.json"), *(tmp_path / "out").glob("*.metadata.json")]:
         for entries in json.loads(file.read_text()).values():
             for entry in entries:
                 if entry["type"] == "aws:cdk:acknowledged-rules":

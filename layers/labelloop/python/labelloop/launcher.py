@@ -139,6 +139,7 @@ def training_request(
         },
         "Environment": {
             "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+            **({"LABELLOOP_MLFLOW_SECRET": settings.mlflow_secret} if settings.mlflow_secret else {}),
             "LABELLOOP_STAGE": settings.stage,
             "LABELLOOP_CACHE": f"s3://{bucket}/{artifacts.cache_prefix(config.name)}",
         },

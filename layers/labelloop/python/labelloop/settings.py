@@ -57,6 +57,11 @@ class Settings:
         return self._get("LABELLOOP_MLFLOW_TRACKING_URI")
 
     @property
+    def mlflow_secret(self) -> str | None:
+        """Name of the secret that holds an MLflow server's token; None where there is none."""
+        return self._environ.get("LABELLOOP_MLFLOW_SECRET") or None
+
+    @property
     def event_bus(self) -> str:
         return self._get("LABELLOOP_EVENT_BUS")
 
