@@ -40,6 +40,7 @@ _REQUESTS_OF_A_LABEL = 3  # the next task's health and setup, the annotation's w
 _REQUESTS_A_SIGN_IN = 50  # the authorizer's answer is kept for an hour
 _SQS_CALLS = 3  # send, receive, delete
 _SETUP_SECONDS, _SIGN_IN_SECONDS, _INGEST_SECONDS, _LOOK_SECONDS, _PROMOTE_SECONDS, _REFRESH_SECONDS = 0.05, 0.5, 0.3, 2, 10, 5
+_METRICS_OF_A_MODEL = 6  # annotations, trainings, predictions shown and kept, the holdout's metric, seconds of trainings
 _GB = 1e6  # kB
 _LOG_KB, _ACCESS_LOG_KB, _TRAINING_LOG_KB = 2, 0.5, 500  # of an invocation, a request, a training
 _ARTIFACTS_GB = 0.5  # of a model: snapshots, versions, MLflow's files
@@ -350,6 +351,16 @@ def _alarms(work: Work, alarms: Sequence[Resource]) -> Iterator[Part]:
     )
 
 
+def _dashboards(work: Work, dashboards: Sequence[Resource]) -> Iterator[Part]:
+    yield "cloudwatch.dashboard", work.usage.months * len(dashboards), "three of an account are free; opening one reads some logs"
+    counted = work.usage.months * len(work.models) * _METRICS_OF_A_MODEL if work.labels or work.trainings else 0
+    yield (
+        "cloudwatch.metric",
+        counted,
+        f"{_METRICS_OF_A_MODEL} that functions count of a model, charged in the hours in which they do; as if in all",
+    )
+
+
 def _secrets(work: Work, secrets: Sequence[Resource]) -> Iterator[Part]:
     calls = work.queued + work.requests / _REQUESTS_A_SIGN_IN
     yield "secrets.secret", work.usage.months * len(secrets), "Label Studio's token, and the backend password of each model"
@@ -388,6 +399,7 @@ RULES: dict[str, Rule] = {
     "AWS::ApiGateway::RestApi": _api,
     "AWS::ApiGateway::Stage": _api_stage,
     "AWS::CloudWatch::Alarm": _alarms,
+    "AWS::CloudWatch::Dashboard": _dashboards,
     "AWS::DynamoDB::Table": _tables,
     "AWS::Events::EventBus": _bus,
     "AWS::Events::Rule": _rules,

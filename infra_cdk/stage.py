@@ -185,6 +185,11 @@ class Stage:
         return ["aws.sagemaker", "labelloop.sagemaker"] if self.is_local else ["aws.sagemaker"]
 
     @property
+    def saves_queries(self) -> bool:
+        """The emulator does not know AWS::Logs::QueryDefinition."""
+        return not self.is_local
+
+    @property
     def sagemaker_environment(self) -> dict[str, str]:
         """Leads SageMaker's client to the stand-in; the emulator has no SageMaker."""
         return {"AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint} if self.sagemaker_endpoint else {}

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger
+from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -50,7 +51,22 @@ def decide(record: SQSRecord) -> None:
     if promotion is None:
         logger.info("no model to decide about", model=signal.model, job_name=signal.job_name)
     else:
-        logger.info(promotion.verdict, model=signal.model, version=promotion.version, reason=promotion.reason)
+        told = ("version", "reason", "metric", "value", "n_annotations")
+        logger.info(promotion.verdict, model=signal.model, **{name: getattr(promotion, name) for name in told})
+        count(promotion)
+
+
+def count(promotion: Promotion) -> None:
+    """Metrics of the stage's dashboard."""
+    found: list[tuple[str, MetricUnit, float]] = (
+        [(promotion.metric, MetricUnit.NoUnit, promotion.value)] if promotion.metric else []
+    )
+    if promotion.timing:
+        found.append(("TrainingSeconds", MetricUnit.Seconds, sum(promotion.timing.seconds.values())))
+    for name, unit, value in found:
+        with single_metric(name=name, unit=unit, value=value) as metric:
+            metric.add_dimension("model", promotion.model)
+            metric.add_metadata("version", promotion.version)
 
 
 @logger.inject_lambda_context

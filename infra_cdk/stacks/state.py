@@ -8,6 +8,7 @@ from aws_cdk import aws_events as events
 from aws_cdk import aws_s3 as s3
 from constructs import Construct
 
+from infra_cdk.constructs.alarms import AlarmTopic
 from infra_cdk.constructs.bucket import PrivateBucket
 from infra_cdk.constructs.mlflow_app import MlflowApp
 from infra_cdk.constructs.secrets import Secrets
@@ -45,6 +46,7 @@ class StateStack(cdk.Stack):
         self.event_bus = events.EventBus(self, "EventBus", event_bus_name=stage.prefix)
         self.event_bus.apply_removal_policy(cdk.RemovalPolicy.RETAIN)
         Secrets(self, "Secrets", stage=stage)
+        AlarmTopic(self, "Alarms", stage=stage)
 
         # None where MLflow is a server of the user's own, which knows nothing of IAM.
         self.mlflow_app = None if stage.mlflow_url else MlflowApp(self, "Mlflow", stage=stage)

@@ -9,8 +9,10 @@ from aws_cdk import aws_events as events
 from aws_cdk import aws_events_targets as targets
 from aws_cdk import aws_iam as iam
 from aws_cdk import aws_lambda as lambda_
+from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra_cdk.constructs.alarms import OperatorAlarm
 from infra_cdk.constructs.grants import (
     allow,
     allow_ledger,
@@ -30,6 +32,7 @@ from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environ
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
+from labelloop.retrain import TRAINING_FAILED
 
 _SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, at most
 
@@ -47,16 +50,18 @@ class TrainingStack(cdk.Stack):
         ingest = QueueWorker(
             self,
             "Ingest",
+            stage=stage,
             timeout=cdk.Duration.seconds(60),
             batch_size=100,
             batching_window=cdk.Duration.seconds(5),
             max_concurrency=4,
         )
-        retrain = QueueWorker(self, "Retrain", timeout=cdk.Duration.seconds(300), max_concurrency=2)
-        promote = QueueWorker(self, "Promote", timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        prelabel = QueueWorker(self, "Prelabel", timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
+        retrain = QueueWorker(self, "Retrain", stage=stage, timeout=cdk.Duration.seconds(300), max_concurrency=2)
+        promote = QueueWorker(self, "Promote", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        refresh = QueueWorker(self, "Refresh", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        prelabel = QueueWorker(self, "Prelabel", stage=stage, timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
         self.retrain_queue, self.prelabel_queue = retrain.queue, prelabel.queue
+        self.functions: dict[str, PythonFunction] = {}
 
         self._add_ingest(ingest, prelabel)
         self._add_retrain(retrain, promote)
@@ -65,10 +70,27 @@ class TrainingStack(cdk.Stack):
         self._add_prelabel(prelabel)
         self._add_rules(ingest=ingest, retrain=retrain, promote=promote, refresh=refresh)
 
-        workers = {"Ingest": ingest, "Retrain": retrain, "Promote": promote, "Refresh": refresh, "Prelabel": prelabel}
-        for name, worker in workers.items():
-            output(self, f"{name}Queue", worker.queue.queue_url)
-            output(self, f"{name}QueueDeadLetters", worker.dead_letters.queue_url)
+        self.workers = {"ingest": ingest, "retrain": retrain, "promote": promote, "refresh": refresh, "prelabel": prelabel}
+        for name, worker in self.workers.items():
+            output(self, f"{name.capitalize()}Queue", worker.queue.queue_url)
+            output(self, f"{name.capitalize()}QueueDeadLetters", worker.dead_letters.queue_url)
+        self.trainings_failed = logs.MetricFilter(
+            self,
+            "FailedTrainings",
+            log_group=self.functions["retrain"].log_group,
+            filter_pattern=logs.FilterPattern.string_value("$.message", "=", TRAINING_FAILED),
+            metric_namespace=stage.prefix,
+            metric_name="TrainingsFailed",
+        )
+        OperatorAlarm(
+            self,
+            "TrainingsFailed",
+            stage=stage,
+            says="a training job failed; the models that serve go on",
+            runbook="trainings-failed",
+            metric=self.trainings_failed.metric(period=cdk.Duration.minutes(5), statistic="Sum"),
+            threshold=1,
+        )
 
     def _add_ingest(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
@@ -97,6 +119,7 @@ class TrainingStack(cdk.Stack):
             description="Compares what is annotated with what is trained, and starts a training job when it is time",
             memory_mb=1024,
             environment={
+                "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
@@ -124,6 +147,7 @@ class TrainingStack(cdk.Stack):
             description="Decides whether a trained version becomes the champion",
             memory_mb=1024,
             environment={
+                "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
@@ -202,6 +226,7 @@ class TrainingStack(cdk.Stack):
             timeout=worker.timeout,
         )
         worker.work_with(function)
+        self.functions[name] = function
         return function.execution_role
 
     def _add_rules(self, *, ingest: QueueWorker, retrain: QueueWorker, promote: QueueWorker, refresh: QueueWorker) -> None:

@@ -261,3 +261,21 @@ def test_templates_have_no_lint(prod: Templates, tmp_path: Path) -> None:
     command: list[str | Path] = [program, *options, "--", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_documentation_says_what_a_laptop_leaves_out(local: Templates, tmp_path: Path) -> None:
+    """The table of docs/architecture.md, against a laptop's stacks and a stage of AWS that has all there is."""
+    app = new_app(context_of(tmp_path, predict_start="snapshot", workflows={"repository": "acme/labels"}), tmp_path / "out")
+    infra_cdk.app.build(app)
+    aws = {resource["Type"] for stack in app.synth().stacks for resource in stack.template["Resources"].values()}
+    laptop = {resource["Type"] for template in local for resource in template.resources.values()}
+    table = ARCHITECTURE[ARCHITECTURE.index("### What the emulator deploys") :].partition("\nTraining jobs,")[0]
+    deployed, left_out = (
+        {
+            f"AWS::{service.strip()}::{name}"
+            for service, *cells in (row.strip("|").split("|") for row in table.splitlines() if row.startswith("| "))
+            for name in re.findall(r"`([A-Z]\w+)`", cells[column])
+        }
+        for column in (0, 1)
+    )
+    assert (deployed, left_out) == (laptop, aws - laptop)
