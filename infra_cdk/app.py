@@ -7,6 +7,7 @@ import sys
 import aws_cdk as cdk
 import cdk_nag
 
+from infra_cdk.stacks.label_studio import LabelStudioStack
 from infra_cdk.stacks.serving import ServingStack
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
@@ -21,6 +22,8 @@ def build(app: cdk.App, stage: Stage | None = None) -> Stage:
     state = StateStack(app, f"{stage.prefix}-state", stage=stage)
     training = TrainingStack(app, f"{stage.prefix}-training", stage=stage, state=state)
     ServingStack(app, f"{stage.prefix}-serving", stage=stage, state=state, training=training)
+    if stage.facts.label_studio:
+        LabelStudioStack(app, f"{stage.prefix}-label-studio", stage=stage, server=stage.facts.label_studio, state=state)
     if stage.facts.workflows:
         WorkflowsStack(
             app,

@@ -101,8 +101,15 @@ class Stage:
 
     @property
     def label_studio_url(self) -> str | None:
-        """Without a slash at its end."""
+        """Of the stage's own server or the one that it names, without a slash at its end."""
+        if self.facts.label_studio:
+            return f"https://{self.facts.label_studio.domain}"
         return self.facts.label_studio_url.rstrip("/") if self.facts.label_studio_url else None
+
+    @property
+    def schedule(self) -> cdk.Duration:
+        """How late a lost webhook is made up for, at most. Each look wakes the database of a Label Studio of the stage's own."""
+        return cdk.Duration.hours(1) if self.facts.label_studio else cdk.Duration.minutes(5)
 
     @property
     def mlflow_url(self) -> str | None:

@@ -24,6 +24,8 @@ GITHUB = "https://token.actions.githubusercontent.com"
 _REPOSITORY = re.compile(r"[\w.-]+(@\d+)?/[\w.-]+(@\d+)?", re.ASCII)
 _PROVIDER = re.compile(r"arn:[\w-]+:iam::\d{12}:oidc-provider/\S+", re.ASCII)
 _BRANCH = re.compile(r"[\w./-]+", re.ASCII)
+_DOMAIN = re.compile(r"(?!-)[a-z0-9-]+(\.[a-z0-9-]+)+")
+_CERTIFICATE = re.compile(r"arn:[\w-]+:acm:[\w-]+:\d{12}:certificate/[\w-]+", re.ASCII)
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 
 
@@ -46,6 +48,44 @@ class Network(Section, frozen=True, kw_only=True):
         list[Annotated[str, Meta(pattern=r"^sg-[0-9a-f]+$")]],
         Meta(min_length=1, max_length=5, description="ids of security groups"),
     ]
+
+
+class HostedZone(Section, frozen=True, kw_only=True):
+    """A public hosted zone of Route 53, in the stage's account."""
+
+    id: Annotated[str, Meta(pattern=r"^Z[0-9A-Z]+$", description="as Route 53 shows it")]
+    name: Annotated[str, Meta(description="its domain name")]
+
+
+class LabelStudioServer(Section, frozen=True, kw_only=True):
+    """A Label Studio of the stage's own, deployed with it; without this section `label_studio_url` names one."""
+
+    domain: Annotated[str, Meta(description="its name, such as labels.example.com")]
+    admin_email: Annotated[str, Meta(description="who signs in first, and administers it; counts at the first start only")]
+    hosted_zone: Annotated[
+        HostedZone | None,
+        Meta(description="where the name is entered, and the certificate proven; without it somebody enters the name by hand"),
+    ] = None
+    certificate: Annotated[str | None, Meta(description="ARN of one of ACM's for the name; without it the zone gets one")] = None
+    size: Annotated[
+        Literal["small", "medium", "large"], Meta(description="half a core and 2 GB, one and 4 GB, or four and 8 GB")
+    ] = "small"
+    restored_from: Annotated[
+        str | None,
+        Meta(description="the snapshot that the database begins with; it has to stay here, or the next deployment empties it"),
+    ] = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if not _DOMAIN.fullmatch(self.domain):
+            yield "label_studio.domain", f"{self.domain!r} is no domain name in lower-case letters, without https://"
+        if not _EMAIL.fullmatch(self.admin_email):
+            yield "label_studio.admin_email", f"{self.admin_email!r} is no e-mail address"
+        if self.certificate and not _CERTIFICATE.fullmatch(self.certificate):
+            yield "label_studio.certificate", f"{self.certificate!r} is no ARN of a certificate of ACM"
+        if not self.certificate and not self.hosted_zone:
+            yield "label_studio", "needs hosted_zone, in which a certificate is proven, or the ARN of a certificate"
+        if self.hosted_zone and self.domain != self.hosted_zone.name and not self.domain.endswith(f".{self.hosted_zone.name}"):
+            yield "label_studio.hosted_zone.name", f"{self.domain} does not lie in {self.hosted_zone.name}"
 
 
 class Workflows(Section, frozen=True, kw_only=True):
@@ -92,6 +132,7 @@ class StageFacts(Section, frozen=True, kw_only=True):
     label_studio_url: Annotated[str | None, Meta(description="an existing Label Studio, as browsers and functions reach it")] = (
         None
     )
+    label_studio: LabelStudioServer | None = None
     mlflow: Annotated[
         str,
         Meta(description="app (SageMaker's serverless MLflow App is made), or a server's address"),
@@ -115,6 +156,10 @@ class StageFacts(Section, frozen=True, kw_only=True):
         """What the schema cannot say: (key, message)."""
         if self.label_studio_url and not is_address(self.label_studio_url):
             yield "label_studio_url", f"{self.label_studio_url!r} is no http(s) address"
+        if self.label_studio:
+            if self.label_studio_url:
+                yield "label_studio_url", "a Label Studio is deployed already, by the section label_studio; remove one of them"
+            yield from self.label_studio.contradictions()
         if self.mlflow != "app" and not is_address(self.mlflow):
             yield "mlflow", f"{self.mlflow!r} is neither app nor an http(s) address"
         if self.alarms_email and not _EMAIL.fullmatch(self.alarms_email):

@@ -23,7 +23,7 @@ class StateStack(cdk.Stack):
         super().__init__(
             scope, id, env=stage.env, description=f"labelloop {stage.name}: data", termination_protection=not stage.is_local
         )
-        self.images = PrivateBucket(self, "Images", stage=stage, cors=_cors(stage), sends_events=True)
+        self.images = PrivateBucket(self, "Images", stage=stage, cors=label_studio_cors(stage), sends_events=True)
         self.artifacts = PrivateBucket(
             self,
             "Artifacts",
@@ -45,7 +45,7 @@ class StateStack(cdk.Stack):
         )
         self.event_bus = events.EventBus(self, "EventBus", event_bus_name=stage.prefix)
         self.event_bus.apply_removal_policy(cdk.RemovalPolicy.RETAIN)
-        Secrets(self, "Secrets", stage=stage)
+        self.secrets = Secrets(self, "Secrets", stage=stage)
         AlarmTopic(self, "Alarms", stage=stage)
 
         # None where MLflow is a server of the user's own, which knows nothing of IAM.
@@ -66,7 +66,7 @@ class StateStack(cdk.Stack):
             )
 
 
-def _cors(stage: Stage) -> list[s3.CorsRule]:
+def label_studio_cors(stage: Stage) -> list[s3.CorsRule]:
     """Label Studio's editor loads images from the bucket by script, which a browser allows to named origins only."""
     if not stage.label_studio_origin:
         return []

@@ -34,8 +34,6 @@ from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
 from labelloop.retrain import TRAINING_FAILED
 
-_SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, at most
-
 
 class TrainingStack(cdk.Stack):
     """Five queues, each worked off by one function, the rules that fill them, and what a training job needs."""
@@ -272,7 +270,7 @@ class TrainingStack(cdk.Stack):
             self,
             "Schedule",
             description="makes up for webhooks that were lost, and for jobs whose end went by unseen",
-            schedule=events.Schedule.rate(_SCHEDULE),
+            schedule=events.Schedule.rate(self._stage.schedule),
             targets=[targets.SqsQueue(retrain.queue, message=events.RuleTargetInput.from_object({"action": "SCHEDULE"}))],
         )
         events.Rule(
