@@ -86,7 +86,8 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     tops = "|".join(sorted(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name != ".git"))
     for name in re.findall(rf"`((?:{tops})/[\w./-]+\.\w+)`", TEXTS[page]):
-        assert (ROOT / name).exists(), name
+        placeholder = {"NAME", "TYPE", "STEP"} & set(re.split(r"[/._]", name))
+        assert placeholder or (ROOT / name).exists(), name
 
 
 @dataclass(frozen=True)
