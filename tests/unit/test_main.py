@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
+
+import local.stack
+from cli.main import app
 
 
 def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,3 +60,25 @@ def test_an_empty_folder_of_models_says_how_to_make_one(tmp_path: Path, command:
 def test_down_says_when_nothing_runs(tmp_path: Path) -> None:
     done = labelloop("down", folder=tmp_path)
     assert (done.returncode, "nothing runs" in done.stdout) == (0, True)
+
+
+def test_for_scripts_up_prints_addresses_alone_and_tells_its_progress_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stack:
+        def __init__(self, home: Path, *, model_configs: Path, report: Callable[[str, str], None]) -> None:
+            self.report = report
+
+        def up(self) -> SimpleNamespace:
+            self.report("mlflow", "starts")
+            sign_in = {"label_studio_user": "me@example.org", "label_studio_password": "secret", "label_studio_token": "token"}
+            return SimpleNamespace(label_studio="http://127.0.0.1:1", mlflow="http://127.0.0.1:2", **sign_in)
+
+    monkeypatch.setattr(local.stack, "LaptopStack", Stack)
+    done = CliRunner().invoke(app, ["up", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "label_studio": "http://127.0.0.1:1",
+        "user": "me@example.org",
+        "password": "secret",
+        "mlflow": "http://127.0.0.1:2",
+    }
+    assert "starts" in done.stderr
