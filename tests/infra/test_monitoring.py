@@ -29,10 +29,13 @@ def widgets(serving: Template) -> dict[str, dict[str, Any]]:
     return {widget["properties"]["title"]: widget["properties"] for widget in json.loads(body(serving))["widgets"]}
 
 
-def test_every_alarm_names_a_row_of_the_runbook_and_every_row_is_some_alarms(either: Templates) -> None:
+def test_every_alarm_names_a_row_of_the_runbook_and_every_row_is_some_alarms(
+    either: Templates, with_label_studio: dict[str, Template]
+) -> None:
     rows = re.findall(r'^\| <a id="([\w-]+)"></a>', OPERATIONS, re.MULTILINE)
     named = [
-        re.search(r"What to do: docs/operations\.md#([\w-]+)$", alarm["AlarmDescription"]) for alarm in alarms(either).values()
+        re.search(r"What to do: docs/operations\.md#([\w-]+)$", alarm["AlarmDescription"])
+        for alarm in [*alarms(either).values(), with_label_studio["label-studio"].only("CloudWatch::Alarm")["Properties"]]
     ]
     assert None not in named
     assert {found[1] for found in named if found} == set(rows)
