@@ -10,7 +10,7 @@ PYTEST := $(RUN) pytest -n 2 --dist loadscope --no-loadscope-reorder
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format audit browser uv
+.PHONY: help demo test test-slow lint docs format audit browser uv
 
 help: ## say what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ lint: $(UV) ## check style and types, and the workflows
 	$(RUN) mypy
 	$(RUN) zizmor --offline --quiet --persona pedantic .github/workflows
 	$(RUN) check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
+
+docs: $(UV) ## write docs/cli.md anew
+	$(RUN) python .ci/cli_reference.py
 
 format: $(UV) ## put the code into its form
 	$(RUN) ruff check --fix

@@ -110,8 +110,8 @@ def diff() -> int:
 
 
 def deploy() -> int:
-    """Deploy every stack of the stage."""
-    code, said = run([*cdk("deploy"), "--all", "--require-approval", "never", "--progress", "events"], signed_in("deploy"))
+    """Deploy every stack of the stage but the workflows': a deployment never changes who is let in."""
+    code, said = run([*cdk("deploy"), "--require-approval", "never", "--progress", "events"], signed_in("deploy"))
     title = f"The stage {stage()} " + ("is deployed" if code == 0 else "is not deployed")
     publish(f"### {title}\n\n<details><summary>log</summary>\n\n{fenced(said)}\n\n</details>")
     return code
@@ -210,14 +210,15 @@ def models(*, required: bool = False) -> list[str]:
 
 
 def cdk(command: str) -> list[str]:
-    """The words that start a CDK command on all stacks of the stage, with the context values of LABELLOOP_CONTEXT."""
+    """The words that start a CDK command on the stage's stacks but the workflows', with LABELLOOP_CONTEXT's context values."""
     WORK.mkdir(parents=True, exist_ok=True)
     context = [f"stage={stage()}", *os.environ.get("LABELLOOP_CONTEXT", "").split()]
     if wrong := [one for one in context if "=" not in one]:
         raise Refusal(f"LABELLOOP_CONTEXT: {wrong[0]!r} is not NAME=VALUE")
     words = [word for one in context for word in ("--context", one)]
     output = ["--output", str(WORK / "cdk.out")]
-    return [*cdk_command(WORK / "cdk.log"), command, "--no-color", "--no-notices", "--ci", *output, *words]
+    stacks = f"labelloop-{stage()}-!(workflows)"
+    return [*cdk_command(WORK / "cdk.log"), command, stacks, "--no-color", "--no-notices", "--ci", *output, *words]
 
 
 def run(words: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:

@@ -6,7 +6,6 @@ What is read, built and asked is what deploying and training read, build and ask
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ import msgspec
 import yaml
 
 from cli.create import NewModel
+from infra_cdk.stage_facts import read_facts
 from labelloop import model_config
 from labelloop.errors import ConfigError
 from labelloop.label_studio.label_config import LabelConfig
@@ -214,19 +214,13 @@ def _template_alone(folder: ModelFolder) -> Iterator[ConfigError]:
 
 
 def _stage_problems(models: ModelConfigs, name: str, stage: str) -> Iterator[ConfigError]:
-    """Whether the stage can be deployed with this model, by the context of cdk.json."""
-    from infra_cdk.sources import ROOT
-    from infra_cdk.stage import LOCAL, Stage
+    """Whether the stage can be deployed with this model."""
+    from infra_cdk.stage import Stage
 
-    keys = ("label_studio_url", "mlflow_url", "sagemaker_endpoint")
-    context = json.loads((ROOT / "cdk.json").read_text(encoding="utf-8")).get("context", {})
-    # The laptop's stack passes the addresses of its own parts.
-    values = dict.fromkeys(keys, "http://127.0.0.1") if stage == LOCAL else {key: context.get(key) for key in keys}
+    facts = read_facts(stage)
     try:
-        Stage(name=stage, models=_OneModel(models, name), **values)
+        Stage(name=stage, models=_OneModel(models, name), facts=facts)
     except ConfigError as error:
-        if error.where != str(models[name].folder):
-            raise  # the stage's own, for which no model is to blame
         yield error
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from infra_cdk.stage_facts import LOCAL, StageFacts
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.policy import due_at
@@ -39,6 +40,7 @@ _REQUESTS_OF_A_LABEL = 3  # the next task's health and setup, the annotation's w
 _REQUESTS_A_SIGN_IN = 50  # the authorizer's answer is kept for an hour
 _SQS_CALLS = 3  # send, receive, delete
 _SETUP_SECONDS, _SIGN_IN_SECONDS, _INGEST_SECONDS, _LOOK_SECONDS, _PROMOTE_SECONDS, _REFRESH_SECONDS = 0.05, 0.5, 0.3, 2, 10, 5
+_METRICS_OF_A_MODEL = 6  # annotations, trainings, predictions shown and kept, the holdout's metric, seconds of trainings
 _GB = 1e6  # kB
 _LOG_KB, _ACCESS_LOG_KB, _TRAINING_LOG_KB = 2, 0.5, 500  # of an invocation, a request, a training
 _ARTIFACTS_GB = 0.5  # of a model: snapshots, versions, MLflow's files
@@ -47,6 +49,13 @@ _LOOK_READS, _LABEL_READS, _LABEL_WRITES, _TRAINING_WRITES = 5, 3, 3, 10  # unit
 _PREDICTION_GETS, _LABEL_GETS = 3, 4  # image, pointer, model; the browser's too
 _RESTORES = 0.1  # of a prediction: starts from a snapshot; annotators who keep at it find predict running
 _TRAINING_PUTS = 50  # manifest, checkpoints, model, MLflow's files
+# Label Studio's own stack. A database that paused is kept awake by each question until its pause comes again.
+_AWAKE_ACU = 0.5  # the least that Aurora runs with
+_WAKING_SECONDS = 30
+_DATABASE_GB, _DATABASE_CALLS_A_LOOK = 2, 200
+_LABEL_STUDIO_STACK = "-label-studio"
+_HEALTH_LOG_KB = 0.7
+_HEALTH_CHECKS = 2 * 2  # a minute: two zones, every 30 s
 
 Resource = Mapping[str, Any]
 
@@ -154,7 +163,10 @@ class Bill(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """US dollars. `idle` and `month` after allowances; `units`, of more work, before them."""
+    """US dollars. `idle` and `month` after allowances; `units`, of more work, and `label_studio` before them.
+
+    `label_studio`: a month of the stage's own server, where it has one; in none of the others.
+    """
 
     stage: str
     models: list[str]
@@ -166,6 +178,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     units: dict[str, Bill]
     alternative: Bill
     ratio: float
+    label_studio: Bill | None = None
 
 
 def trainings(config: ModelConfig, labels: int) -> int:
@@ -208,10 +221,12 @@ class Work:
         expressions = [r.get("Properties", {}).get("ScheduleExpression") for r in self.resources.values()]
         ticks = 0.0
         for text in filter(None, expressions):
-            rate = re.fullmatch(r"rate\((\d+) minutes?\)", text)
+            rate = re.fullmatch(r"rate\((\d+) (minute|hour)s?\)", text)
             if rate is None:
-                raise ConfigError(PRICES, f"how often is {text}? cli/cost.py understands rate(N minutes)", "AWS::Events::Rule")
-            ticks += self.usage.months * HOURS * 60 / int(rate[1])
+                raise ConfigError(
+                    PRICES, f"how often is {text}? cli/cost.py understands rate(N minutes) and rate(N hours)", "AWS::Events::Rule"
+                )
+            ticks += self.usage.months * HOURS * 60 / (int(rate[1]) * (60 if rate[2] == "hour" else 1))
         return ticks
 
     @property
@@ -229,13 +244,13 @@ class Work:
         """By function: how many, and seconds of all together."""
         seconds, signals = self.usage.predict_ms / 1000, self.labels + 2 * self.trainings
         setups = self.predictions * _SETUP + self.labels
-        sign_ins = self.requests / _REQUESTS_A_SIGN_IN
+        sign_ins, looks = self.requests / _REQUESTS_A_SIGN_IN, self.looks if self.models else 0
         return {
             "authorize": (sign_ins, sign_ins * _SIGN_IN_SECONDS),
             "predict": (self.predictions + setups, self.predictions * seconds + setups * _SETUP_SECONDS),
             "predict_part": (0, 0),  # a task of Retrieve Predictions costs there what it costs predict
             "ingest": (self.labels, self.labels * _INGEST_SECONDS),
-            "retrain": (self.looks + signals, (self.looks * len(self.models) + signals) * _LOOK_SECONDS),
+            "retrain": (looks + signals, (looks * len(self.models) + signals) * _LOOK_SECONDS),
             "promote": (self.trainings, self.trainings * _PROMOTE_SECONDS),
             "refresh": (self.trainings, self.trainings * _REFRESH_SECONDS),
             "prelabel": (self.labels + self.trainings * self.usage.images / RANGE, self.predicted_anew * seconds),
@@ -248,8 +263,10 @@ class Work:
 
     def function(self, named_by: Resource) -> Resource:
         """The function that a version or an alias is of."""
-        name = named_by["Properties"]["FunctionName"]["Ref"]
-        return next(resource for id, resource in self.resources.items() if id.rpartition("/")[2] == name)
+        return self.named(named_by["Properties"]["FunctionName"]["Ref"])
+
+    def named(self, logical_id: str) -> Resource:
+        return next(resource for id, resource in self.resources.items() if id.rpartition("/")[2] == logical_id)
 
 
 Part = tuple[str, float, str]  # price, quantity, why
@@ -349,10 +366,68 @@ def _alarms(work: Work, alarms: Sequence[Resource]) -> Iterator[Part]:
     )
 
 
+def _dashboards(work: Work, dashboards: Sequence[Resource]) -> Iterator[Part]:
+    yield "cloudwatch.dashboard", work.usage.months * len(dashboards), "three of an account are free; opening one reads some logs"
+    counted = work.usage.months * len(work.models) * _METRICS_OF_A_MODEL if work.labels or work.trainings else 0
+    yield (
+        "cloudwatch.metric",
+        counted,
+        f"{_METRICS_OF_A_MODEL} that functions count of a model, charged in the hours in which they do; as if in all",
+    )
+
+
 def _secrets(work: Work, secrets: Sequence[Resource]) -> Iterator[Part]:
     calls = work.queued + work.requests / _REQUESTS_A_SIGN_IN
-    yield "secrets.secret", work.usage.months * len(secrets), "Label Studio's token, and the backend password of each model"
+    yield "secrets.secret", work.usage.months * len(secrets), "tokens, passwords, keys: one a model, and the stage's own"
     yield "secrets.call", calls, "functions keep a secret for 5 minutes; counted as if each invocation read it anew"
+
+
+def _balancers(work: Work, balancers: Sequence[Resource]) -> Iterator[Part]:
+    hours = work.usage.months * HOURS
+    zones = sum(len(balancer["Properties"]["Subnets"]) for balancer in balancers)
+    yield "balancer", hours * len(balancers), "TLS, and an address that stays"
+    yield "address", hours * zones, "a public address of the load balancer in each zone"
+    yield "balancer.capacity", hours * len(balancers), "one capacity unit at each hour, more than a small team uses"
+
+
+def _services(work: Work, services: Sequence[Resource]) -> Iterator[Part]:
+    cores = memory = tasks = 0.0
+    for service in services:
+        task = work.named(service["Properties"]["TaskDefinition"]["Ref"])["Properties"]
+        count = service["Properties"]["DesiredCount"]
+        tasks += count
+        cores += count * int(task["Cpu"]) / 1024
+        memory += count * int(task["Memory"]) / 1024
+    hours = work.usage.months * HOURS
+    yield "fargate.vcpu", hours * cores, "Label Studio runs all the time: it cannot start when somebody comes"
+    yield "fargate.memory", hours * memory, "the same"
+    yield "address", hours * tasks, "the task's own, in place of a NAT gateway"
+    yield "logs.ingested", hours * 60 * _HEALTH_CHECKS * tasks * _HEALTH_LOG_KB / _GB, "a line for each health check"
+
+
+def _endpoints(work: Work, endpoints: Sequence[Resource]) -> Iterator[Part]:
+    """Gateways are free; the others cost by the hour and zone, and none is there."""
+    if any(endpoint["Properties"].get("VpcEndpointType") != "Gateway" for endpoint in endpoints):
+        raise ConfigError(PRICES, "an interface endpoint has no price; add it", "AWS::EC2::VPCEndpoint")
+    yield "endpoint.gateway", work.usage.months * len(endpoints), "the way to S3"
+
+
+def _clusters(work: Work, clusters: Sequence[Resource]) -> Iterator[Part]:
+    awake = 0.0
+    for cluster in clusters:
+        scaling = cluster["Properties"]["ServerlessV2ScalingConfiguration"]
+        if scaling["MinCapacity"]:
+            raise ConfigError(PRICES, "a database that never pauses has no price; add it", "AWS::RDS::DBCluster")
+        seconds = scaling["SecondsUntilAutoPause"] + _WAKING_SECONDS
+        awake += min(work.usage.months * HOURS, work.looks * seconds / 3600)
+    gb = work.usage.months * len(clusters) * _DATABASE_GB
+    yield (
+        "aurora.capacity",
+        awake * _AWAKE_ACU,
+        f"{awake:,.0f} h awake: each look of the schedule, until the pause comes; {_AWAKE_ACU} ACU. People add their hours",
+    )
+    yield "aurora.stored", gb, f"{_DATABASE_GB} GB assumed; backups of as much are free"
+    yield "aurora.call", work.looks * _DATABASE_CALLS_A_LOOK, f"{_DATABASE_CALLS_A_LOOK} reads and writes a look, assumed"
 
 
 def _tables(work: Work, tables: Sequence[Resource]) -> Iterator[Part]:
@@ -387,7 +462,11 @@ RULES: dict[str, Rule] = {
     "AWS::ApiGateway::RestApi": _api,
     "AWS::ApiGateway::Stage": _api_stage,
     "AWS::CloudWatch::Alarm": _alarms,
+    "AWS::CloudWatch::Dashboard": _dashboards,
     "AWS::DynamoDB::Table": _tables,
+    "AWS::EC2::VPCEndpoint": _endpoints,
+    "AWS::ECS::Service": _services,
+    "AWS::ElasticLoadBalancingV2::LoadBalancer": _balancers,
     "AWS::Events::EventBus": _bus,
     "AWS::Events::Rule": _rules,
     "AWS::Lambda::Alias": _aliases,
@@ -395,20 +474,21 @@ RULES: dict[str, Rule] = {
     "AWS::Lambda::Function": _functions,
     "AWS::Lambda::Version": _versions,
     "AWS::Logs::LogGroup": _logs,
+    "AWS::RDS::DBCluster": _clusters,
     "AWS::S3::Bucket": _buckets,
     "AWS::SQS::Queue": _queues,
     "AWS::SecretsManager::Secret": _secrets,
 }
 
 
-def charges(work: Work, free: Mapping[str, str]) -> list[Charge]:
-    """What is charged for every resource, and for the training jobs, which no template names.
+def charges(work: Work, ids: Iterable[str], free: Mapping[str, str]) -> list[Charge]:
+    """What is charged for these of the stage's resources, and for its models' training jobs, which no template names.
 
     `free`: reasons by type. Raises `ConfigError` for a type that is in neither `free` nor `RULES`.
     """
     by_type: dict[str, list[str]] = defaultdict(list)
-    for id, resource in work.resources.items():
-        by_type[resource["Type"]].append(id)
+    for id in ids:
+        by_type[work.resources[id]["Type"]].append(id)
     unknown = {kind: ids for kind, ids in by_type.items() if kind not in RULES and kind not in free}
     if unknown:
         names = "; ".join(f"{kind} ({', '.join(ids)})" for kind, ids in unknown.items())
@@ -483,12 +563,16 @@ def report(
 ) -> Report:
     """All that the command says of a stage with these models. Raises `ConfigError` where something has no price."""
 
+    servers = {id for id in resources if id.partition("/")[0].endswith(_LABEL_STUDIO_STACK)}
+    ours = [id for id in resources if id not in servers]
+    unused = msgspec.structs.replace(usage, predictions=0, labels=0, trainings=0)
+
     def month(usage: Usage) -> Bill:
-        return bill(charges(Work(resources, models, usage), prices.free), prices)
+        return bill(charges(Work(resources, models, usage), ours, prices.free), prices)
 
     def more(config: ModelConfig, **work: int) -> Bill:
-        alone = msgspec.structs.replace(usage, **{"months": 0, "predictions": 0, "labels": 0, "trainings": 0, **work})
-        return bill(charges(Work(resources, [config], alone), prices.free), prices, allowances=False)
+        alone = msgspec.structs.replace(unused, months=0, **work)
+        return bill(charges(Work(resources, [config], alone), ours, prices.free), prices, allowances=False)
 
     units = {"1,000 predictions": more(models[0], predictions=1000)}
     for config in models:
@@ -497,8 +581,8 @@ def report(
         units[f"the first 1,000 labels of {config.name} and their {number} trainings"] = more(
             config, labels=1000, trainings=number
         )
-    idle = month(msgspec.structs.replace(usage, predictions=0, labels=0, trainings=0))
-    used, machines = month(usage), alternative(prices)
+    idle, used, machines = month(unused), month(usage), alternative(prices)
+    server = bill(charges(Work(resources, [], unused), sorted(servers), prices.free), prices, allowances=False)
     return Report(
         stage=stage,
         models=[config.name for config in models],
@@ -510,10 +594,11 @@ def report(
         units=units,
         alternative=machines,
         ratio=machines.total / used.total,
+        label_studio=server if servers else None,
     )
 
 
-def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predict_start: str = "cold") -> dict[str, Resource]:
+def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, facts: StageFacts) -> dict[str, Resource]:
     """Every resource of the stage's stacks with these models, by `stack/logical id`. Layers are not built.
 
     Raises `ConfigError`, for the laptop's stage too.
@@ -522,7 +607,7 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predic
 
     import infra_cdk.app
     from infra_cdk.sources import ROOT
-    from infra_cdk.stage import LOCAL
+    from infra_cdk.stage import Stage
 
     if stage == LOCAL:
         raise ConfigError("cost", "the laptop's stack costs nothing; name a stage of AWS, such as prod", "stage")
@@ -531,18 +616,11 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, *, predic
         for name in names:
             shutil.copytree(str(models[name].folder), Path(folder) / "models" / name)
         app = cdk.App(
-            context={
-                "label_studio_url": "https://label-studio.invalid",  # where it is costs nothing
-                **context,
-                "stage": stage,
-                "predict_start": predict_start,
-                "model_configs": f"{folder}/models",
-                "aws:cdk:bundling-stacks": [],
-            },
+            context={**context, "aws:cdk:bundling-stacks": []},
             outdir=f"{folder}/out",
             analytics_reporting=False,
         )
-        infra_cdk.app.build(app)
+        infra_cdk.app.build(app, Stage(name=stage, models=ModelConfigs(Path(folder) / "models"), facts=facts))
         stacks = [(stack.stack_name, stack.template) for stack in app.synth().stacks]
     return {f"{name}/{id}": resource for name, template in stacks for id, resource in template["Resources"].items()}
 
@@ -556,13 +634,17 @@ def show(report: Report, console: Console) -> None:
     for name, unit in report.units.items():
         lines = [line for line in unit.lines if line.cost]
         console.print(_table(f"{name}, with no allowance left", lines, unit.total))
+    if report.label_studio:
+        lines = [line for line in report.label_studio.lines if line.cost]
+        console.print(_table("Label Studio's own stack, an idle month, in no other sum", lines, report.label_studio.total))
     console.print(_table("instead: machines that always run", report.alternative.lines, report.alternative.total))
     idle = f" (idle: {dollars(report.idle.total)})" if works else ""
+    server = "" if report.label_studio else "Label Studio, "
     console.print(
         f"{title}: {dollars(report.month.total)}{idle}; machines that always run: {dollars(report.alternative.total)},"
         f" {report.ratio:,.0f} times as much",
         f"Prices as known on {report.checked}, not compared with AWS since: check cli/prices.toml against AWS's price list.",
-        "Nothing was measured on AWS; Label Studio, taxes and the account's other use of allowances are not in it.",
+        f"Nothing was measured on AWS; {server}taxes and the account's other use of allowances are not in it.",
         sep="\n",
         highlight=False,
         soft_wrap=True,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import boto3
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from obstore.auth.boto3 import Boto3CredentialProvider
 
+from infra_cdk.stage_facts import LOCAL, read_facts
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import NotSetUpError, ServiceError, SettingsError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
+from labelloop.mlflow_token import MlflowToken
+from labelloop.registry import Registry
 from local.stack import Addresses, LaptopStack
 
 LAPTOP = Path(".labelloop/laptop")  # `labelloop up`
@@ -43,8 +47,10 @@ class Deployment:
 
     @classmethod
     def find(cls, stage: str, home: Path | None = None) -> Deployment:
-        """The stage of this name; for `local` the stack that runs in `home`, or in either usual place."""
-        if stage != "local":
+        """The stage of this name, in its region; for `local` the stack that runs in `home`, or in either usual place."""
+        if stage != LOCAL:
+            if region := read_facts(stage).region:
+                os.environ.update(AWS_REGION=region, AWS_DEFAULT_REGION=region)
             return cls(stage)
         for place in [home] if home else [LAPTOP, DEMO]:
             addresses = LaptopStack.running(place)
@@ -74,6 +80,8 @@ class Deployment:
                 if error.response["Error"]["Code"] == "ValidationError":
                     raise NotSetUpError(f"the stack {name} does not exist; run: cdk deploy --all -c stage={self.stage}") from None
                 raise ServiceError(f"CloudFormation refused: {error}") from error
+            except NoCredentialsError as error:
+                raise SettingsError(f"AWS is not configured: {error}") from error
             except BotoCoreError as error:
                 raise ServiceError(f"AWS does not answer: {error}") from error
             found.update({output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])})
@@ -102,11 +110,17 @@ class Deployment:
     def mlflow_tracking_uri(self) -> str:
         return self.outputs["MlflowTrackingUri"]
 
+    @cached_property
+    def registry(self) -> Registry:
+        """MLflow; a server of one's own with the token that lies in the stage's secret."""
+        own = not self.laptop and not self.mlflow_tracking_uri.startswith("arn:")
+        return Registry(self.mlflow_tracking_uri, MlflowToken(f"labelloop/{self.stage}/mlflow") if own else None)
+
     @property
     def label_studio_url(self) -> str:
         url = self.outputs.get("LabelStudioUrl")
         if not url:
-            raise NotSetUpError(f"the stage {self.stage} has no Label Studio; deploy it with -c label_studio_url=URL")
+            raise NotSetUpError(f"the stage {self.stage} has no Label Studio; name it in stages.yaml and deploy")
         return url.rstrip("/")
 
     @cached_property

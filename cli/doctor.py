@@ -291,7 +291,7 @@ class _Examination:
 
     def _cors(self) -> str:
         bucket = self._deployment.images.name
-        remedy = f"deploy again, with Label Studio's address as browsers see it (-c label_studio_url=…): {self._deploy}"
+        remedy = f"deploy again, with Label Studio's address as browsers see it (label_studio_url in stages.yaml): {self._deploy}"
         try:
             rules = boto3.client("s3").get_bucket_cors(Bucket=bucket)["CORSRules"]
         except ClientError as error:

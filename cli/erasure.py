@@ -365,7 +365,7 @@ class Eraser:
 
     def _empty_runs(self, digest: str, at: str, hashes: set[str], outcome: Erased) -> None:
         """The same in the artifacts of the snapshot's runs in MLflow."""
-        registry = Registry(self._deployment.mlflow_tracking_uri)
+        registry = self._deployment.registry
         for run in registry.runs_of(self._model, digest):
             store = self._store(registry, run)
             if store is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import webbrowser
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,10 +23,11 @@ from labelloop.model_config import ModelConfigs
 if TYPE_CHECKING:
     from cli.takeover import Outcome
 
+_EXIT_CODES = "Exit codes: 0 done, 2 something you can mend (the message says how), 3 a service failed, 130 interrupted."
 app = typer.Typer(
     name="labelloop",
     help="Self-improving image labelling: annotate in Label Studio, and the model that pre-labels retrains by itself.",
-    epilog="Exit codes: 0 done, 2 something you can mend (the message says how), 3 a service failed, 130 interrupted.",
+    epilog=_EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +44,12 @@ Home = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
-@app.command()
+def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command; its help ends with the example and what its exit codes mean."""
+    return app.command(epilog=f"Example: labelloop {example}\n\n{_EXIT_CODES}")
+
+
+@_command("demo --annotations 100,500 --exit --report report.json")
 def demo(
     model: Annotated[ExampleModel, typer.Option(help="The model whose example data set is annotated.")] = "digits",
     annotations: Annotated[
@@ -72,16 +80,26 @@ def demo(
     Demo(home.resolve(), model, counts, console).run(linger=None if exit_ else _until_interrupted, report=report)
 
 
-@app.command()
-def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's data.")] = LAPTOP) -> None:
+@_command("up")
+def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's data.")] = LAPTOP, as_json: AsJson = False) -> None:
     """Start the laptop's stack, or bring the running one up to date with the code. Its data is kept."""
     from local.stack import LaptopStack
 
     configs = ModelConfigs.find()
     if not configs.names:
         raise ConfigError(str(configs.root), "holds no model; make one with: labelloop create-new-model")
-    stack = LaptopStack(home.resolve(), model_configs=Path(str(configs[configs.names[0]].folder)).parent, report=_say)
+    say = partial(_say, to=problems) if as_json else _say
+    stack = LaptopStack(home.resolve(), model_configs=Path(str(configs[configs.names[0]].folder)).parent, report=say)
     addresses = stack.up()
+    if as_json:
+        shown = {
+            "label_studio": addresses.label_studio,
+            "user": addresses.label_studio_user,
+            "password": addresses.label_studio_password,
+            "mlflow": addresses.mlflow,
+        }
+        print(msgspec.json.encode(shown).decode())
+        return
     console.print()
     for line in addresses_to_show(addresses):
         console.print(line, highlight=False, soft_wrap=True)
@@ -92,7 +110,7 @@ def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's da
     )
 
 
-@app.command()
+@_command("down --erase")
 def down(
     home: Annotated[Path, typer.Option(help="Folder of the stack.")] = LAPTOP,
     erase: Annotated[bool, typer.Option("--erase", help="Delete the stack's data too.")] = False,
@@ -109,7 +127,7 @@ def down(
         stack.down()
 
 
-@app.command()
+@_command('create-new-model --model pets --problem-type classification --classes "Cat,Dog"')
 def create_new_model(
     model: Annotated[str, typer.Option(help="Name of the model and its folder: lower-case letters, digits, _.")],
     problem_type: Annotated[str, typer.Option(help="classification, multilabel or detection.")],
@@ -153,7 +171,7 @@ def create_new_model(
         console.print(f"{'next:' if number == 0 else '':<6}{command}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@_command("check pets")
 def check(
     model: Annotated[
         str | None, typer.Argument(help="Name of a folder under model_configs/.", show_default="all of them")
@@ -178,7 +196,7 @@ def check(
         raise typer.Exit(2)
 
 
-@app.command()
+@_command("cost digits --labels 1000 --predictions 1000")
 def cost(
     model: Annotated[
         str | None,
@@ -197,9 +215,6 @@ def cost(
     predict_ms: Annotated[float, typer.Option(min=0, help="Milliseconds of Lambda for a prediction.")] = 300,
     spot_share: Annotated[float, typer.Option(min=0, max=1, help="What spot costs of the price on demand.")] = 0.5,
     stage: Annotated[str, typer.Option(help="The stage whose stacks are priced.")] = "prod",
-    predict_start: Annotated[
-        str, typer.Option(help="As cdk's -c predict_start: cold, snapshot, or how many environments are kept ready.")
-    ] = "cold",
     region: Annotated[str, typer.Option(help="The region of AWS whose prices count.")] = "us-east-1",
     as_json: AsJson = False,
 ) -> None:
@@ -208,6 +223,7 @@ def cost(
     Reads the templates that would be deployed and the dated prices of cli/prices.toml; calls no service and needs no account.
     """
     from cli import cost as costs
+    from infra_cdk.stage_facts import read_facts
 
     prices = costs.PriceTable.read(region)
     configs = ModelConfigs.find()
@@ -222,7 +238,7 @@ def cost(
         predict_ms=predict_ms,
         spot_share=spot_share,
     )
-    resources = costs.synthesize(configs, names, stage, predict_start=predict_start)
+    resources = costs.synthesize(configs, names, stage, read_facts(stage))
     found = costs.report([configs[name].config for name in names], resources, usage, prices, stage)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
@@ -230,7 +246,7 @@ def cost(
         costs.show(found, console)
 
 
-@app.command()
+@_command("config-schema --write")
 def config_schema(
     write: Annotated[bool, typer.Option("--write", help="Write it beside the models, where their configs look for it.")] = False,
 ) -> None:
@@ -243,7 +259,7 @@ def config_schema(
         print(schema_text(), end="")
 
 
-@app.command()
+@_command("status --watch --stage prod")
 def status(
     model: Annotated[
         str | None, typer.Argument(help="Name of a folder under model_configs/.", show_default="all of them")
@@ -282,7 +298,7 @@ def status(
         show(one, console)
 
 
-@app.command()
+@_command("report digits --open")
 def report(
     model: Model,
     output: Annotated[
@@ -324,7 +340,7 @@ def report(
         problems.print("there is no browser to open it with", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@_command("retrain digits --wait")
 def retrain(
     model: Model,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the training and for what the gate says of it.")] = False,
@@ -357,7 +373,7 @@ def retrain(
         request.show(done, console)
 
 
-@app.command()
+@_command("lineage digits --version 3 --rebuild")
 def lineage(
     model: Model,
     prediction: Annotated[
@@ -412,7 +428,7 @@ def lineage(
         raise typer.Exit(2)
 
 
-@app.command()
+@_command("setup-label-studio-project digits --check")
 def setup_label_studio_project(
     model: Model,
     check: Annotated[
@@ -448,7 +464,7 @@ def setup_label_studio_project(
     console.print(f"project {done.project} is set up", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@_command("upload-images pets 'photos/**/*.jpg' --dry-run")
 def upload_images(
     model: Model,
     paths: Annotated[
@@ -485,7 +501,7 @@ def upload_images(
         raise typer.Exit(2)
 
 
-@app.command()
+@_command("rollback digits --to 2 --reason 'sevens are read as ones'")
 def rollback(
     model: Model,
     to: Annotated[
@@ -508,7 +524,7 @@ def rollback(
     _say_takeover(done, as_json=as_json)
 
 
-@app.command()
+@_command("promote digits 3 --reason 'sevens matter most'")
 def promote(
     model: Model,
     version: Annotated[int, typer.Argument(min=1, help="The version that shall serve.", show_default=False)],
@@ -528,7 +544,7 @@ def promote(
     _say_takeover(done, as_json=as_json)
 
 
-@app.command()
+@_command("rotate-secrets digits")
 def rotate_secrets(model: Model, stage: Stage = "local", home: Home = None, as_json: AsJson = False) -> None:
     """Give a model's backend a new password, in Secrets Manager and in Label Studio, while annotators go on.
 
@@ -549,7 +565,7 @@ def rotate_secrets(model: Model, stage: Stage = "local", home: Home = None, as_j
         rotation.show(done, console)
 
 
-@app.command()
+@_command("erase digits --image portrait.jpg --reason 'asked for on 3 May'")
 def erase(
     model: Model,
     image: Annotated[
@@ -587,7 +603,7 @@ def erase(
         erasure.show(done, console)
 
 
-@app.command()
+@_command("redrive digits --queue prelabel --list")
 def redrive(
     model: Annotated[
         str | None, typer.Argument(help="Only messages about this model, and those about all.", show_default="all of them")
@@ -667,8 +683,8 @@ def _say_takeover(outcome: Outcome, *, as_json: bool) -> None:
         takeover.show(outcome, console)
 
 
-def _say(part: str, message: str) -> None:
-    console.print(f"[cyan]{escape(part):<13}[/cyan] {escape(message)}", highlight=False, soft_wrap=True)
+def _say(part: str, message: str, to: Console = console) -> None:
+    to.print(f"[cyan]{escape(part):<13}[/cyan] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from cli import cost, training_job
 from cli.deployment import Deployment
 from cli.status import Status, read_status
 from cli.turnaround import turnaround
+from infra_cdk.stage_facts import read_facts
 from labelloop.errors import LabelloopError
 from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
 from labelloop.records import Evaluation, Interval, LabelsSaved, now
@@ -195,7 +196,7 @@ def _estimate(configs: ModelConfigs, config: ModelConfig, stage: str, tasks: int
     stage = _PRICED if stage == "local" else stage
     prices = cost.PriceTable.read("us-east-1")
     usage = cost.Usage() if tasks is None else cost.Usage(images=tasks)
-    bills = cost.report([config], cost.synthesize(configs, [config.name], stage), usage, prices, stage)
+    bills = cost.report([config], cost.synthesize(configs, [config.name], stage, read_facts(stage)), usage, prices, stage)
     return Estimate(
         stage=stage,
         region=bills.region,

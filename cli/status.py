@@ -37,7 +37,6 @@ from labelloop.records import (
     Verdict,
     version_string,
 )
-from labelloop.registry import Registry
 
 _TAKEOVERS = 3  # shown; --json has all
 _REASONS = 3  # versions whose verdict is explained
@@ -157,7 +156,7 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
         work = _work(deployment, folder, champion, answers=answers)
     except LabelloopError as error:
         problems.append(str(error))
-    progress = training_job.progress(head.running, config, Registry(deployment.mlflow_tracking_uri)) if head.running else None
+    progress = training_job.progress(head.running, config, deployment.registry) if head.running else None
     if progress and progress.problem:
         problems.append(progress.problem)
     coming = None

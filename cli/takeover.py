@@ -18,7 +18,6 @@ from labelloop.announcements import announce
 from labelloop.errors import ConflictError, ModelError, RequestError
 from labelloop.promotion import pointer
 from labelloop.records import METRIC_TITLES, Champion, Metric, Takeover, VersionJudged
-from labelloop.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class _TakingOver:
 
     def _publish(self, champion: Champion) -> None:
         """Tell the registry, everybody else, and last the ledger. Repeating it is harmless."""
-        registry = Registry(self._deployment.mlflow_tracking_uri)
+        registry = self._deployment.registry
         registry.tag(self._model, champion.version, {"takeover": champion.by, "takeover_reason": champion.reason})
         registry.set_alias(self._model, "champion", champion.version)
         events = self._events or boto3.client("events")

@@ -1,7 +1,8 @@
-"""One deployment of labelloop: its names, its context values, and everything in which a laptop differs from AWS."""
+"""One deployment of labelloop: its names, its facts, and everything in which a laptop differs from AWS."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -10,94 +11,37 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aws_cdk as cdk
+import msgspec
+from aws_cdk import aws_logs as logs
 from constructs import Node
 
 from infra_cdk.sources import ROOT
+from infra_cdk.stage_facts import LOCAL, STAGES, StageFacts, is_address, read_facts
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig, ModelConfigs
 
-LOCAL = "local"
-_NAME = re.compile(r"[a-z][a-z0-9]{0,15}")
 _MAX_JOB_NAME = 63  # characters, SageMaker's limit
 _CONTEXT = "context of `cdk`"
-_MOST_READY = 100  # execution environments of predict that are kept; more than it may use, where that is bounded
-_GITHUB = "https://token.actions.githubusercontent.com"
-# GitHub writes `owner@123/name@456` for repositories that were made or renamed since July 2026, Forgejo `owner-123/name-456`.
-_REPOSITORY = re.compile(r"[\w.-]+(@\d+)?/[\w.-]+(@\d+)?", re.ASCII)
-_PROVIDER = re.compile(r"arn:[\w-]+:iam::\d{12}:oidc-provider/\S+", re.ASCII)
-_BRANCH = re.compile(r"[\w./-]+", re.ASCII)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workflows:
-    """Whose workflows AWS lets in. `repository` stands as it does in the tokens' subject; `provider` is an ARN, None to make one.
-
-    Raises `ConfigError`.
-    """
-
-    repository: str
-    issuer: str = _GITHUB
-    provider: str | None = None
-    main: str = "main"
-
-    def __post_init__(self) -> None:
-        if not _REPOSITORY.fullmatch(self.repository):
-            raise ConfigError(_CONTEXT, f"{self.repository!r} is not owner/name or owner@id/name@id", "github_repository")
-        if not self.issuer.startswith("https://") or "*" in self.issuer:
-            raise ConfigError(_CONTEXT, f"{self.issuer!r} is no https address", "oidc_issuer")
-        if self.provider and not _PROVIDER.fullmatch(self.provider):
-            raise ConfigError(_CONTEXT, f"{self.provider!r} is no ARN of an OIDC provider", "oidc_provider")
-        if not _BRANCH.fullmatch(self.main):
-            raise ConfigError(_CONTEXT, f"{self.main!r} is no name of a branch", "main_branch")
-
-    @property
-    def branch(self) -> str:
-        """The subject of a token of the main branch."""
-        return f"repo:{self.repository}:ref:refs/heads/{self.main}"
-
-    @property
-    def pull_requests(self) -> str:
-        """The subject of a token of a pull request. A fork's gets none."""
-        return f"repo:{self.repository}:pull_request"
+# What `-c` may say. Which stage; where it and its models are described, as tests do; and where a laptop's parts are, whose ports
+# change with every start. All else of a stage stands in stages.yaml.
+_ADDRESSES = ("label_studio_url", "mlflow_url", "sagemaker_endpoint")
+_KNOWN = ("stage", "stages", "model_configs", *_ADDRESSES)
+_OURS = re.compile(r"[a-z_]+")  # the CDK's own values have colons, hyphens or slashes in their names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What `-c` says about a deployment. Raises `ConfigError` when values or model configs are wrong.
+    """What stages.yaml, or for a laptop `-c`, says of a deployment. Raises `ConfigError` when models do not fit it.
 
-    `mlflow_url`: absent on AWS where the state stack makes a serverless MLflow App. `sagemaker_endpoint`: only on a laptop.
-    `reserves_concurrency`: whether what the API runs is bounded; an account that may run only 10 functions at once cannot.
-    `predict_start`: `cold`; `snapshot` (Lambda's SnapStart); or how many of its environments are kept ready. Both
-    of the latter cost by the hour.
-    `workflows`: absent where no workflow is let in.
+    `sagemaker_endpoint`: only on a laptop.
     """
 
     name: str
     models: ModelConfigs
-    label_studio_url: str | None = None
-    mlflow_url: str | None = None
+    facts: StageFacts
     sagemaker_endpoint: str | None = None
-    reserves_concurrency: bool = True
-    predict_start: str = "cold"
-    workflows: Workflows | None = None
 
     def __post_init__(self) -> None:
-        # No hyphen: job names start with `labelloop-{stage}-`, and no stage may see another's.
-        if not _NAME.fullmatch(self.name):
-            raise ConfigError(_CONTEXT, f"{self.name!r} is no stage name; use up to 16 lower-case letters and digits", "stage")
-        for key in ("label_studio_url", "mlflow_url", "sagemaker_endpoint"):
-            value = getattr(self, key)
-            if value and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).netloc):
-                raise ConfigError(_CONTEXT, f"{value!r} is no http(s) address", key)
-            if self.is_local and not value:
-                raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} needs it; pass it with -c {key}=URL", key)
-        if self.sagemaker_endpoint and not self.is_local:
-            raise ConfigError(_CONTEXT, f"only the stage {LOCAL!r} has a stand-in for SageMaker; remove it", "sagemaker_endpoint")
-        if self.predict_start not in ("cold", "snapshot") and not 1 <= self.predict_ready <= _MOST_READY:
-            text = f"{self.predict_start!r} is none of cold, snapshot, 1 to {_MOST_READY}"
-            raise ConfigError(_CONTEXT, text, "predict_start")
-        if self.is_local and self.predict_start != "cold":
-            raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} starts functions cold; remove it", "predict_start")
         if not self.models.names:
             raise ConfigError(str(self.models.root), "holds no model config")
         for config in self.configs:
@@ -111,28 +55,36 @@ class Stage:
 
     @classmethod
     def from_context(cls, node: Node) -> Stage:
-        """Read the context values of a CDK app."""
-
-        def value(key: str) -> str | None:
-            found: Any = node.try_get_context(key)
-            return None if found in (None, "") else str(found)
-
+        """The stage that a CDK app's context names."""
+        context: dict[str, Any] = node.get_all_context() or {}
+        for key in context:
+            if _OURS.fullmatch(key) and key not in _KNOWN:
+                near = difflib.get_close_matches(key, _KNOWN, n=1)
+                hint = f"did you mean {near[0]}?" if near else "what there is to know of a stage stands in stages.yaml"
+                raise ConfigError(_CONTEXT, f"there is no such value; {hint}", key)
+        given = {key: str(context[key]) for key in _KNOWN if context.get(key) not in (None, "")}
+        name = given.get("stage", "dev")
+        facts = read_facts(name, ROOT / given.get("stages", STAGES))
+        models = ModelConfigs(ROOT / given.get("model_configs", "model_configs"))
+        addresses = {key: given[key].rstrip("/") for key in _ADDRESSES if key in given}
+        if name != LOCAL:
+            for key in addresses:
+                raise ConfigError(_CONTEXT, f"is the laptop's, the stage {LOCAL!r}; of other stages stages.yaml tells", key)
+            return cls(name=name, models=models, facts=facts)
+        for key in _ADDRESSES:
+            if key not in addresses:
+                raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} needs it; pass it with -c {key}=URL", key)
+            if not is_address(addresses[key]):
+                raise ConfigError(_CONTEXT, f"{addresses[key]!r} is no http(s) address", key)
         return cls(
-            name=value("stage") or "dev",
-            models=ModelConfigs(ROOT / (value("model_configs") or "model_configs")),
-            label_studio_url=_without_slash(value("label_studio_url")),
-            mlflow_url=_without_slash(value("mlflow_url")),
-            sagemaker_endpoint=_without_slash(value("sagemaker_endpoint")),
-            reserves_concurrency=_yes_or_no(value("reserved_concurrency") or "yes"),
-            predict_start=value("predict_start") or "cold",
-            workflows=Workflows(
-                repository=repository,
-                issuer=_without_slash(value("oidc_issuer")) or _GITHUB,
-                provider=value("oidc_provider"),
-                main=value("main_branch") or "main",
-            )
-            if (repository := value("github_repository"))
-            else None,
+            name=name,
+            models=models,
+            facts=msgspec.structs.replace(
+                StageFacts(workflows=facts.workflows),
+                label_studio_url=addresses["label_studio_url"],
+                mlflow=addresses["mlflow_url"],
+            ),
+            sagemaker_endpoint=addresses["sagemaker_endpoint"],
         )
 
     @cached_property
@@ -145,7 +97,37 @@ class Stage:
     @property
     def predict_ready(self) -> int:
         """How many of predict's environments are kept ready."""
-        return int(self.predict_start) if self.predict_start.isascii() and self.predict_start.isdecimal() else 0
+        return self.facts.predict_start if isinstance(self.facts.predict_start, int) else 0
+
+    @property
+    def label_studio_url(self) -> str | None:
+        """Of the stage's own server or the one that it names, without a slash at its end."""
+        if self.facts.label_studio:
+            return f"https://{self.facts.label_studio.domain}"
+        return self.facts.label_studio_url.rstrip("/") if self.facts.label_studio_url else None
+
+    @property
+    def schedule(self) -> cdk.Duration:
+        """How late a lost webhook is made up for, at most. Each look wakes the database of a Label Studio of the stage's own."""
+        return cdk.Duration.hours(1) if self.facts.label_studio else cdk.Duration.minutes(5)
+
+    @property
+    def mlflow_url(self) -> str | None:
+        """Without a slash at its end; None where a serverless MLflow App is made."""
+        return None if self.facts.mlflow == "app" else self.facts.mlflow.rstrip("/")
+
+    @property
+    def log_retention(self) -> logs.RetentionDays:
+        """How long every log group keeps what it has."""
+        days = logs.RetentionDays
+        return {
+            7: days.ONE_WEEK,
+            14: days.TWO_WEEKS,
+            30: days.ONE_MONTH,
+            90: days.THREE_MONTHS,
+            180: days.SIX_MONTHS,
+            365: days.ONE_YEAR,
+        }[self.facts.retention.log_days]
 
     @property
     def prefix(self) -> str:
@@ -161,6 +143,11 @@ class Stage:
         return f"labelloop/{self.name}/label-studio"
 
     @property
+    def mlflow_secret(self) -> str | None:
+        """The secret with the token of an MLflow server; None where MLflow is an App, or a laptop's."""
+        return f"labelloop/{self.name}/mlflow" if self.mlflow_url and not self.is_local else None
+
+    @property
     def backend_secret_prefix(self) -> str:
         return f"labelloop/{self.name}/backend/"
 
@@ -172,6 +159,17 @@ class Stage:
         parts = urlsplit(self.label_studio_url)
         return f"{parts.scheme}://{parts.netloc}"
 
+    @property
+    def network_environment(self) -> dict[str, str]:
+        """Tells `retrain` where training jobs run."""
+        network = self.facts.training_network
+        if network is None:
+            return {}
+        return {
+            "LABELLOOP_TRAINING_SUBNETS": ",".join(network.subnets),
+            "LABELLOOP_TRAINING_SECURITY_GROUPS": ",".join(network.security_groups),
+        }
+
     # What follows, and nothing else, differs on a laptop.
 
     @property
@@ -180,10 +178,13 @@ class Stage:
 
     @property
     def env(self) -> cdk.Environment:
-        """The emulator's account and region; on AWS those of the caller's credentials, where the CDK CLI knows them."""
+        """The emulator's account and region; on AWS the stage's, or those of the caller's credentials."""
         if self.is_local:
             return cdk.Environment(account="000000000000", region="us-east-1")
-        return cdk.Environment(account=os.environ.get("CDK_DEFAULT_ACCOUNT"), region=os.environ.get("CDK_DEFAULT_REGION"))
+        return cdk.Environment(
+            account=self.facts.account or os.environ.get("CDK_DEFAULT_ACCOUNT"),
+            region=self.facts.region or os.environ.get("CDK_DEFAULT_REGION"),
+        )
 
     @property
     def training_event_sources(self) -> list[str]:
@@ -191,16 +192,11 @@ class Stage:
         return ["aws.sagemaker", "labelloop.sagemaker"] if self.is_local else ["aws.sagemaker"]
 
     @property
+    def saves_queries(self) -> bool:
+        """The emulator does not know AWS::Logs::QueryDefinition."""
+        return not self.is_local
+
+    @property
     def sagemaker_environment(self) -> dict[str, str]:
         """Leads SageMaker's client to the stand-in; the emulator has no SageMaker."""
         return {"AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint} if self.sagemaker_endpoint else {}
-
-
-def _without_slash(url: str | None) -> str | None:
-    return url.rstrip("/") if url else None
-
-
-def _yes_or_no(text: str) -> bool:
-    if text.lower() not in ("yes", "no", "true", "false"):
-        raise ConfigError(_CONTEXT, f"{text!r} is neither yes nor no", "reserved_concurrency")
-    return text.lower() in ("yes", "true")

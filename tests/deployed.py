@@ -24,6 +24,7 @@ import pytest
 from cli import cost
 from cli.deployment import Deployment
 from cli.redrive import QUEUES
+from infra_cdk.stage_facts import StageFacts
 from labelloop import artifacts, problem_types
 from labelloop.artifacts import Bucket, Champions
 from labelloop.ledger import Ledger
@@ -322,11 +323,11 @@ _synthesize = cost.synthesize
 _templates: dict[str, dict[str, cost.Resource]] = {}
 
 
-def _synthesized_once(models: ModelConfigs, names: Sequence[str], stage: str) -> dict[str, cost.Resource]:
+def _synthesized_once(models: ModelConfigs, names: Sequence[str], stage: str, facts: StageFacts) -> dict[str, cost.Resource]:
     """The templates of a model, which take seconds; their prices are the same whatever its classes and the stage's name."""
     (model,) = names
     if model not in _templates:
-        _templates[model] = _synthesize(models, names, stage)
+        _templates[model] = _synthesize(models, names, stage, facts)
     return _templates[model]
 
 

@@ -19,6 +19,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient, is_tracking_uri_set
 
 from labelloop.errors import LabelloopError, RegistryError, SettingsError
+from labelloop.mlflow_token import MlflowToken
+from labelloop.settings import Settings
 from training_jobs.job import TrainingJob
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class Run:
             raise SettingsError("the environment variable MLFLOW_TRACKING_URI is not set")
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
+        if token := MlflowToken.of(Settings()):
+            os.environ.update(MLFLOW_TRACKING_TOKEN=token())  # MLflow's own way in; of this process, not of the job's description
         # The plugin for SageMaker's MLflow warns at every request whose server is another's.
         logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
         self._job = job

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger
+from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -16,6 +17,7 @@ from labelloop.announcements import announce
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
+from labelloop.mlflow_token import MlflowToken
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
 from labelloop.redelivery import Redelivery
@@ -35,9 +37,8 @@ def promoter() -> Promoter:
     def tell(promotion: Promotion) -> None:
         announce(events, settings.event_bus, "ModelPromoted" if promotion.verdict == "promote" else "ModelKept", promotion)
 
-    return Promoter(
-        Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), Registry(settings.mlflow_tracking_uri), tell
-    )
+    registry = Registry(settings.mlflow_tracking_uri, MlflowToken.of(settings))
+    return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell)
 
 
 def decide(record: SQSRecord) -> None:
@@ -50,7 +51,22 @@ def decide(record: SQSRecord) -> None:
     if promotion is None:
         logger.info("no model to decide about", model=signal.model, job_name=signal.job_name)
     else:
-        logger.info(promotion.verdict, model=signal.model, version=promotion.version, reason=promotion.reason)
+        told = ("version", "reason", "metric", "value", "n_annotations")
+        logger.info(promotion.verdict, model=signal.model, **{name: getattr(promotion, name) for name in told})
+        count(promotion)
+
+
+def count(promotion: Promotion) -> None:
+    """Metrics of the stage's dashboard."""
+    found: list[tuple[str, MetricUnit, float]] = (
+        [(promotion.metric, MetricUnit.NoUnit, promotion.value)] if promotion.metric else []
+    )
+    if promotion.timing:
+        found.append(("TrainingSeconds", MetricUnit.Seconds, sum(promotion.timing.seconds.values())))
+    for name, unit, value in found:
+        with single_metric(name=name, unit=unit, value=value) as metric:
+            metric.add_dimension("model", promotion.model)
+            metric.add_metadata("version", promotion.version)
 
 
 @logger.inject_lambda_context

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger
+from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -21,7 +22,7 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs
 from labelloop.records import TrainingSignal
 from labelloop.redelivery import Redelivery
-from labelloop.retrain import ASKED, SCHEDULE, Reconciler
+from labelloop.retrain import ASKED, SCHEDULE, Outcome, Reconciler
 from labelloop.settings import Settings
 from labelloop.watchdog import Watchdog
 
@@ -87,10 +88,25 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             failed.update(message for message, _ in signals)
         else:
             logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
+            count(model, outcome, idle=all(signal.action == SCHEDULE for _, signal in signals))
             if any(signal.action == SCHEDULE for _, signal in signals):
                 _watch(model)
     answer = {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
     return redelivery(event, answer, TrainingSignal)
+
+
+def count(model: str, outcome: Outcome, *, idle: bool) -> None:
+    """Metrics of the stage's dashboard. The schedule alone counts no annotations: metrics cost money."""
+    counts = {
+        "TrainingsStarted": int(outcome.started is not None),
+        "PredictionsShown": outcome.acceptance.shown,
+        "PredictionsKept": outcome.acceptance.kept,
+        "Annotations": 0 if idle else outcome.annotated or 0,
+    }
+    for name, value in counts.items():
+        if value or (name == "PredictionsKept" and outcome.acceptance.shown):
+            with single_metric(name=name, unit=MetricUnit.Count, value=value) as metric:
+                metric.add_dimension("model", model)
 
 
 def _watch(model: str) -> None:

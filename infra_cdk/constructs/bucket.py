@@ -9,8 +9,7 @@ from aws_cdk import aws_s3 as s3
 from constructs import Construct
 
 from infra_cdk.nag import acknowledge
-
-_KEEP_REPLACED = cdk.Duration.days(90)  # how long a version that was overwritten can be brought back
+from infra_cdk.stage import Stage
 
 
 class PrivateBucket(s3.Bucket):
@@ -21,6 +20,7 @@ class PrivateBucket(s3.Bucket):
         scope: Construct,
         id: str,
         *,
+        stage: Stage,
         cors: Sequence[s3.CorsRule] = (),
         lifecycle_rules: Sequence[s3.LifecycleRule] = (),
         sends_events: bool = False,
@@ -35,7 +35,7 @@ class PrivateBucket(s3.Bucket):
             lifecycle_rules=[
                 s3.LifecycleRule(
                     id="replaced-and-unfinished",
-                    noncurrent_version_expiration=_KEEP_REPLACED,
+                    noncurrent_version_expiration=cdk.Duration.days(stage.facts.retention.replaced_objects_days),
                     abort_incomplete_multipart_upload_after=cdk.Duration.days(7),
                 ),
                 *lifecycle_rules,

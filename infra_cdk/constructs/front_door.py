@@ -42,9 +42,7 @@ class FrontDoor(Construct):
         retrain_queue: sqs.IQueue,
     ) -> None:
         super().__init__(scope, id)
-        access_log = logs.LogGroup(
-            self, "AccessLog", retention=logs.RetentionDays.ONE_MONTH, removal_policy=cdk.RemovalPolicy.DESTROY
-        )
+        access_log = logs.LogGroup(self, "AccessLog", retention=stage.log_retention, removal_policy=cdk.RemovalPolicy.DESTROY)
         self.api = apigateway.RestApi(
             self,
             "Api",

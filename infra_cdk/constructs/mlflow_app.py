@@ -17,7 +17,7 @@ class MlflowApp(Construct):
 
     def __init__(self, scope: Construct, id: str, *, stage: Stage) -> None:
         super().__init__(scope, id)
-        bucket = PrivateBucket(self, "Artifacts")
+        self._bucket = bucket = PrivateBucket(self, "Artifacts", stage=stage)
         role = iam.Role(self, "Role", assumed_by=iam.ServicePrincipal("sagemaker.amazonaws.com"))
         allow_reading_objects(role, bucket, "mlflow/")
         allow_writing_objects(role, bucket, "mlflow/")
@@ -33,6 +33,10 @@ class MlflowApp(Construct):
         app.node.add_dependency(role)
         self.arn = app.attr_arn
 
+    def allow_calling(self, role: iam.Role) -> None:
+        allow(role, "sagemaker:CallMlflowAppApi", on=self.arn)
 
-def allow_calling_mlflow(role: iam.Role, app: str) -> None:
-    allow(role, "sagemaker:CallMlflowAppApi", on=app)
+    def allow_recording(self, role: iam.Role) -> None:
+        """Call it, and put a run's files where it looks for them: MLflow's client writes to the bucket itself."""
+        self.allow_calling(role)
+        allow_writing_objects(role, self._bucket, "mlflow/")

@@ -38,9 +38,7 @@ class PythonFunction(lambda_.Function):
         concurrency: int | None = None,
         snapshot: bool = False,
     ) -> None:
-        log_group = logs.LogGroup(
-            scope, f"{id}Log", retention=logs.RetentionDays.ONE_MONTH, removal_policy=cdk.RemovalPolicy.DESTROY
-        )
+        log_group = logs.LogGroup(scope, f"{id}Log", retention=stage.log_retention, removal_policy=cdk.RemovalPolicy.DESTROY)
         role = iam.Role(scope, f"{id}Role", assumed_by=iam.ServicePrincipal("lambda.amazonaws.com"))
         log_group.grant_write(role)
         super().__init__(
@@ -66,7 +64,7 @@ class PythonFunction(lambda_.Function):
             reserved_concurrent_executions=concurrency,
             snap_start=lambda_.SnapStartConf.ON_PUBLISHED_VERSIONS if snapshot else None,
         )
-        self.execution_role = role
+        self.execution_role, self.memory_mb = role, memory_mb
         acknowledge(self, L1="Python 3.13 is what every layer and test is built for; the next version comes with its own change")
         acknowledge_finding(role, "AwsSolutions-IAM5[Resource::*]", reason="X-Ray's write actions know no resources")
 

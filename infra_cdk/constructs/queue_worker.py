@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import aws_cdk as cdk
-from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_lambda as lambda_
 from aws_cdk import aws_lambda_event_sources as event_sources
 from aws_cdk import aws_sqs as sqs
 from constructs import Construct
+
+from infra_cdk.constructs.alarms import OperatorAlarm
+from infra_cdk.stage import Stage
 
 # With the pauses that functions make (`labelloop.redelivery`) a message outlives an outage of some four hours.
 _MAX_RECEIVES = 20
@@ -22,6 +24,7 @@ class QueueWorker(Construct):
         scope: Construct,
         id: str,
         *,
+        stage: Stage,
         timeout: cdk.Duration,
         batch_size: int = 10,
         batching_window: cdk.Duration | None = None,
@@ -45,29 +48,25 @@ class QueueWorker(Construct):
             visibility_timeout=cdk.Duration.seconds(6 * timeout.to_seconds()),  # what Lambda asks for
             dead_letter_queue=sqs.DeadLetterQueue(queue=self.dead_letters, max_receive_count=_MAX_RECEIVES),
         )
-        self._alarm(
+        OperatorAlarm(
+            self,
             "Alarm",
-            f"messages that {id} gave up on lie in its dead-letter queue",
-            self.dead_letters.metric_approximate_number_of_messages_visible(period=cdk.Duration.minutes(5), statistic="Maximum"),
+            stage=stage,
+            says=f"messages that {id} gave up on lie in its dead-letter queue",
+            runbook="dead-letters",
+            metric=self.dead_letters.metric_approximate_number_of_messages_visible(
+                period=cdk.Duration.minutes(5), statistic="Maximum"
+            ),
             threshold=1,
         )
-        self._alarm(
-            "OldAlarm",
-            f"{id} has been failing for an hour: its log says what it waits for",
-            self.queue.metric_approximate_age_of_oldest_message(period=cdk.Duration.minutes(5), statistic="Maximum"),
-            threshold=_OLD.to_seconds(),
-        )
-
-    def _alarm(self, id: str, description: str, metric: cloudwatch.Metric, *, threshold: float) -> None:
-        cloudwatch.Alarm(
+        OperatorAlarm(
             self,
-            id,
-            alarm_description=description,
-            metric=metric,
-            threshold=threshold,
-            evaluation_periods=1,
-            comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
-            treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
+            "OldAlarm",
+            stage=stage,
+            says=f"{id} has been failing for an hour: its log says what it waits for",
+            runbook="old-messages",
+            metric=self.queue.metric_approximate_age_of_oldest_message(period=cdk.Duration.minutes(5), statistic="Maximum"),
+            threshold=_OLD.to_seconds(),
         )
 
     def work_with(self, function: lambda_.Function) -> None:

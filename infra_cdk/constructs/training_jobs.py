@@ -12,10 +12,12 @@ from aws_cdk import region_info
 from constructs import Construct
 
 from infra_cdk.constructs.grants import allow, allow_reading_objects, allow_writing_objects
-from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
+from infra_cdk.constructs.mlflow_app import MlflowApp
+from infra_cdk.constructs.secrets import allow_reading_mlflow_secret
 from infra_cdk.nag import acknowledge_wildcard
 from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
 from infra_cdk.stage import Stage
+from infra_cdk.stage_facts import Network
 from labelloop.artifacts import parse_s3_uri
 
 # What `image_uris.retrieve("pytorch-amzn2023", version="2.14", …)` of the sagemaker SDK says, which tests/infra asks; the
@@ -35,7 +37,7 @@ class TrainingJobs(Construct):
         stage: Stage,
         images: s3.IBucket,
         artifacts: s3.IBucket,
-        mlflow_app: str | None,
+        mlflow_app: MlflowApp | None,
     ) -> None:
         super().__init__(scope, id)
         self._stage = stage
@@ -59,7 +61,10 @@ class TrainingJobs(Construct):
         self._allow_reading_weights()
         self._allow_logs_and_metrics()
         if mlflow_app:
-            allow_calling_mlflow(self.role, mlflow_app)
+            mlflow_app.allow_recording(self.role)
+        allow_reading_mlflow_secret(self.role, stage=stage)
+        if stage.facts.training_network:
+            self._allow_joining_network(stage.facts.training_network)
         self.image = "local" if stage.is_local else self._container_image()
 
     def allow_running(self, role: iam.Role) -> None:
@@ -99,6 +104,19 @@ class TrainingJobs(Construct):
             arn = f"arn:{cdk.Aws.PARTITION}:s3:::{bucket}"
             allow(self.role, "s3:GetObject", on=f"{arn}/{key}")
             allow(self.role, "s3:ListBucket", on=arn)  # a channel is a prefix, even when it is one file
+
+    def _allow_joining_network(self, network: Network) -> None:
+        """What SageMaker asks of a job's role for a VPC: network interfaces of its own there, and looking at what is there."""
+        stack = cdk.Stack.of(self)
+        made = stack.format_arn(service="ec2", resource="network-interface", resource_name="*")
+        groups = [("subnet", id) for id in network.subnets] + [("security-group", id) for id in network.security_groups]
+        interfaces = ("ec2:CreateNetworkInterface", "ec2:DeleteNetworkInterface")
+        permissions = ("ec2:CreateNetworkInterfacePermission", "ec2:DeleteNetworkInterfacePermission")
+        allow(self.role, *interfaces, *permissions, on=made, wildcard="network interfaces of jobs, whose ids AWS makes")
+        for kind, id in groups:
+            allow(self.role, "ec2:CreateNetworkInterface", on=stack.format_arn(service="ec2", resource=kind, resource_name=id))
+        looks = ("NetworkInterfaces", "Vpcs", "DhcpOptions", "Subnets", "SecurityGroups")
+        allow(self.role, *(f"ec2:Describe{what}" for what in looks), on="*", wildcard="EC2's Describe actions know no resource")
 
     def _allow_logs_and_metrics(self) -> None:
         groups = cdk.Stack.of(self).format_arn(

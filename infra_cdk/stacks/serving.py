@@ -7,9 +7,11 @@ from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
+from infra_cdk.constructs.alarms import OperatorAlarm
 from infra_cdk.constructs.front_door import FrontDoor
 from infra_cdk.constructs.grants import allow, allow_reading_objects
 from infra_cdk.constructs.layers import Layers
+from infra_cdk.constructs.monitoring import Monitoring
 from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
 from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment
@@ -46,13 +48,15 @@ class ServingStack(cdk.Stack):
             layers=[layers.core, layers.library],
             memory_mb=_FULL_CPU_MB,  # its cold start is part of Label Studio's one second for health; it runs once an hour
             timeout=cdk.Duration.seconds(10),
-            concurrency=_AUTHORIZE_AT_ONCE if stage.reserves_concurrency else None,
+            concurrency=_AUTHORIZE_AT_ONCE if stage.facts.reserved_concurrency else None,
         )
         allow_reading_backend_secrets(authorize.execution_role, stage=stage)
-        cloudwatch.Alarm(
+        OperatorAlarm(
             self,
             "FailedSignIns",
-            alarm_description="somebody tries passwords at the API; a wrong one that is sent again within the hour counts once",
+            stage=stage,
+            says="somebody tries passwords at the API; a wrong one that is sent again within the hour counts once",
+            runbook="failed-sign-ins",
             metric=cloudwatch.Metric(
                 namespace=stage.prefix,
                 metric_name="FailedSignIns",
@@ -61,9 +65,6 @@ class ServingStack(cdk.Stack):
                 statistic="Sum",
             ),
             threshold=_FAILED_SIGN_INS,
-            evaluation_periods=1,
-            comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
-            treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
         )
 
         environment = {
@@ -84,7 +85,7 @@ class ServingStack(cdk.Stack):
             layers=with_models,
             memory_mb=memory_mb,
             timeout=cdk.Duration.seconds(_SERVE_SECONDS),
-            concurrency=_PARTS_AT_ONCE if stage.reserves_concurrency else None,
+            concurrency=_PARTS_AT_ONCE if stage.facts.reserved_concurrency else None,
         )
         allow_reading_objects(part.execution_role, state.images, "images/")
         allow_reading_objects(part.execution_role, state.artifacts, "models/")
@@ -104,8 +105,8 @@ class ServingStack(cdk.Stack):
             layers=with_models,
             memory_mb=memory_mb,
             timeout=cdk.Duration.seconds(_SERVE_SECONDS),
-            concurrency=_PREDICT_AT_ONCE if stage.reserves_concurrency else None,
-            snapshot=stage.predict_start == "snapshot",
+            concurrency=_PREDICT_AT_ONCE if stage.facts.reserved_concurrency else None,
+            snapshot=stage.facts.predict_start == "snapshot",
         )
         allow_reading_objects(predict.execution_role, state.images, "images/")
         allow_reading_objects(predict.execution_role, state.artifacts, "champions/", "models/")
@@ -121,6 +122,16 @@ class ServingStack(cdk.Stack):
             predict=self._started_ahead(predict, stage),
             retrain_queue=training.retrain_queue,
         )
+        functions = {"authorize": authorize, "predict": predict, "predict_part": part, **training.functions}
+        Monitoring(
+            self,
+            "Monitoring",
+            stage=stage,
+            api=front_door.api,
+            functions=functions,
+            workers=training.workers,
+            trainings_failed=training.trainings_failed,
+        )
         output(self, "ApiUrl", front_door.url)
         output(self, "ApiId", front_door.api.rest_api_id)
 
@@ -129,7 +140,7 @@ class ServingStack(cdk.Stack):
 
         A version of CDK's goes when the next one comes, and its snapshot with it.
         """
-        if stage.predict_start == "cold":
+        if stage.facts.predict_start == "cold":
             return predict
         return lambda_.Alias(
             self,

@@ -8,6 +8,7 @@ from aws_cdk import aws_events as events
 from aws_cdk import aws_s3 as s3
 from constructs import Construct
 
+from infra_cdk.constructs.alarms import AlarmTopic
 from infra_cdk.constructs.bucket import PrivateBucket
 from infra_cdk.constructs.mlflow_app import MlflowApp
 from infra_cdk.constructs.secrets import Secrets
@@ -22,10 +23,11 @@ class StateStack(cdk.Stack):
         super().__init__(
             scope, id, env=stage.env, description=f"labelloop {stage.name}: data", termination_protection=not stage.is_local
         )
-        self.images = PrivateBucket(self, "Images", cors=_cors(stage), sends_events=True)
+        self.images = PrivateBucket(self, "Images", stage=stage, cors=label_studio_cors(stage), sends_events=True)
         self.artifacts = PrivateBucket(
             self,
             "Artifacts",
+            stage=stage,
             lifecycle_rules=[
                 s3.LifecycleRule(id="checkpoints", prefix="checkpoints/", expiration=cdk.Duration.days(14)),
                 s3.LifecycleRule(id="indexes", prefix="indexes/", noncurrent_version_expiration=cdk.Duration.days(1)),
@@ -43,11 +45,12 @@ class StateStack(cdk.Stack):
         )
         self.event_bus = events.EventBus(self, "EventBus", event_bus_name=stage.prefix)
         self.event_bus.apply_removal_policy(cdk.RemovalPolicy.RETAIN)
-        Secrets(self, "Secrets", stage=stage)
+        self.secrets = Secrets(self, "Secrets", stage=stage)
+        AlarmTopic(self, "Alarms", stage=stage)
 
         # None where MLflow is a server of the user's own, which knows nothing of IAM.
-        self.mlflow_app = None if stage.mlflow_url else MlflowApp(self, "Mlflow", stage=stage).arn
-        self.mlflow_tracking_uri = stage.mlflow_url or self.mlflow_app or ""
+        self.mlflow_app = None if stage.mlflow_url else MlflowApp(self, "Mlflow", stage=stage)
+        self.mlflow_tracking_uri = stage.mlflow_url or (self.mlflow_app.arn if self.mlflow_app else "")
 
         output(self, "ImagesBucket", self.images.bucket_name)
         output(self, "ArtifactsBucket", self.artifacts.bucket_name)
@@ -59,11 +62,11 @@ class StateStack(cdk.Stack):
             output(self, "LabelStudioUrl", stage.label_studio_url)
         else:
             cdk.Annotations.of(self).add_warning_v2(
-                "labelloop:label-studio-url", "no Label Studio is named yet: deploy with -c label_studio_url=URL before use"
+                "labelloop:label-studio-url", "no Label Studio is named yet: name it in stages.yaml before use"
             )
 
 
-def _cors(stage: Stage) -> list[s3.CorsRule]:
+def label_studio_cors(stage: Stage) -> list[s3.CorsRule]:
     """Label Studio's editor loads images from the bucket by script, which a browser allows to named origins only."""
     if not stage.label_studio_origin:
         return []

@@ -9,8 +9,10 @@ from aws_cdk import aws_events as events
 from aws_cdk import aws_events_targets as targets
 from aws_cdk import aws_iam as iam
 from aws_cdk import aws_lambda as lambda_
+from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra_cdk.constructs.alarms import OperatorAlarm
 from infra_cdk.constructs.grants import (
     allow,
     allow_ledger,
@@ -18,17 +20,19 @@ from infra_cdk.constructs.grants import (
     allow_writing_objects,
 )
 from infra_cdk.constructs.layers import Layers
-from infra_cdk.constructs.mlflow_app import allow_calling_mlflow
 from infra_cdk.constructs.python_function import PythonFunction
 from infra_cdk.constructs.queue_worker import QueueWorker
-from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
+from infra_cdk.constructs.secrets import (
+    allow_reading_backend_secrets,
+    allow_reading_label_studio_secret,
+    allow_reading_mlflow_secret,
+)
 from infra_cdk.constructs.training_jobs import TrainingJobs
-from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment
+from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment, mlflow_environment
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
-
-_SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, at most
+from labelloop.retrain import TRAINING_FAILED
 
 
 class TrainingStack(cdk.Stack):
@@ -44,16 +48,18 @@ class TrainingStack(cdk.Stack):
         ingest = QueueWorker(
             self,
             "Ingest",
+            stage=stage,
             timeout=cdk.Duration.seconds(60),
             batch_size=100,
             batching_window=cdk.Duration.seconds(5),
             max_concurrency=4,
         )
-        retrain = QueueWorker(self, "Retrain", timeout=cdk.Duration.seconds(300), max_concurrency=2)
-        promote = QueueWorker(self, "Promote", timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        refresh = QueueWorker(self, "Refresh", timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        prelabel = QueueWorker(self, "Prelabel", timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
+        retrain = QueueWorker(self, "Retrain", stage=stage, timeout=cdk.Duration.seconds(300), max_concurrency=2)
+        promote = QueueWorker(self, "Promote", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        refresh = QueueWorker(self, "Refresh", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        prelabel = QueueWorker(self, "Prelabel", stage=stage, timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
         self.retrain_queue, self.prelabel_queue = retrain.queue, prelabel.queue
+        self.functions: dict[str, PythonFunction] = {}
 
         self._add_ingest(ingest, prelabel)
         self._add_retrain(retrain, promote)
@@ -62,10 +68,27 @@ class TrainingStack(cdk.Stack):
         self._add_prelabel(prelabel)
         self._add_rules(ingest=ingest, retrain=retrain, promote=promote, refresh=refresh)
 
-        workers = {"Ingest": ingest, "Retrain": retrain, "Promote": promote, "Refresh": refresh, "Prelabel": prelabel}
-        for name, worker in workers.items():
-            output(self, f"{name}Queue", worker.queue.queue_url)
-            output(self, f"{name}QueueDeadLetters", worker.dead_letters.queue_url)
+        self.workers = {"ingest": ingest, "retrain": retrain, "promote": promote, "refresh": refresh, "prelabel": prelabel}
+        for name, worker in self.workers.items():
+            output(self, f"{name.capitalize()}Queue", worker.queue.queue_url)
+            output(self, f"{name.capitalize()}QueueDeadLetters", worker.dead_letters.queue_url)
+        self.trainings_failed = logs.MetricFilter(
+            self,
+            "FailedTrainings",
+            log_group=self.functions["retrain"].log_group,
+            filter_pattern=logs.FilterPattern.string_value("$.message", "=", TRAINING_FAILED),
+            metric_namespace=stage.prefix,
+            metric_name="TrainingsFailed",
+        )
+        OperatorAlarm(
+            self,
+            "TrainingsFailed",
+            stage=stage,
+            says="a training job failed; the models that serve go on",
+            runbook="trainings-failed",
+            metric=self.trainings_failed.metric(period=cdk.Duration.minutes(5), statistic="Sum"),
+            threshold=1,
+        )
 
     def _add_ingest(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
@@ -94,15 +117,17 @@ class TrainingStack(cdk.Stack):
             description="Compares what is annotated with what is trained, and starts a training job when it is time",
             memory_mb=1024,
             environment={
+                "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 **label_studio_environment(self._stage),
-                "LABELLOOP_MLFLOW_TRACKING_URI": self._state.mlflow_tracking_uri,
+                **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
                 "LABELLOOP_PROMOTE_QUEUE": promote.queue.queue_url,
                 "LABELLOOP_TRAINING_ROLE": self._jobs.role.role_arn,
                 "LABELLOOP_TRAINING_IMAGE": self._jobs.image,
                 "LABELLOOP_TRAINING_CODE": self._jobs.code,
+                **self._stage.network_environment,
                 **self._stage.sagemaker_environment,
             },
         )
@@ -120,9 +145,10 @@ class TrainingStack(cdk.Stack):
             description="Decides whether a trained version becomes the champion",
             memory_mb=1024,
             environment={
+                "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
-                "LABELLOOP_MLFLOW_TRACKING_URI": self._state.mlflow_tracking_uri,
+                **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
                 "LABELLOOP_EVENT_BUS": self._state.event_bus.event_bus_name,
             },
         )
@@ -131,7 +157,8 @@ class TrainingStack(cdk.Stack):
         allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")
         allow(role, "events:PutEvents", on=self._state.event_bus.event_bus_arn)
         if self._state.mlflow_app:
-            allow_calling_mlflow(role, self._state.mlflow_app)
+            self._state.mlflow_app.allow_calling(role)
+        allow_reading_mlflow_secret(role, stage=self._stage)
 
     def _add_refresh(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
@@ -197,6 +224,7 @@ class TrainingStack(cdk.Stack):
             timeout=worker.timeout,
         )
         worker.work_with(function)
+        self.functions[name] = function
         return function.execution_role
 
     def _add_rules(self, *, ingest: QueueWorker, retrain: QueueWorker, promote: QueueWorker, refresh: QueueWorker) -> None:
@@ -242,7 +270,7 @@ class TrainingStack(cdk.Stack):
             self,
             "Schedule",
             description="makes up for webhooks that were lost, and for jobs whose end went by unseen",
-            schedule=events.Schedule.rate(_SCHEDULE),
+            schedule=events.Schedule.rate(self._stage.schedule),
             targets=[targets.SqsQueue(retrain.queue, message=events.RuleTargetInput.from_object({"action": "SCHEDULE"}))],
         )
         events.Rule(

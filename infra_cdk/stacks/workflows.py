@@ -9,10 +9,10 @@ from constructs import Construct
 from infra_cdk.constructs.grants import allow, allow_ledger, allow_reading_objects
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
 from infra_cdk.stacks.outputs import output
-from infra_cdk.stacks.serving import ServingStack
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
-from infra_cdk.stage import Stage, Workflows
+from infra_cdk.stage import Stage
+from infra_cdk.stage_facts import Workflows
 
 _AUDIENCE = "sts.amazonaws.com"
 _BOOTSTRAP_ROLES = ("deploy", "file-publishing", "lookup")  # of `cdk bootstrap`: all that a deployment takes over; no images here
@@ -35,20 +35,19 @@ class WorkflowsStack(cdk.Stack):
         workflows: Workflows,
         state: StateStack,
         training: TrainingStack,
-        serving: ServingStack,
     ) -> None:
         super().__init__(scope, id, env=stage.env, description=f"labelloop {stage.name}: what workflows may do")
-        self._stage, self._workflows, self._stacks = stage, workflows, (state, training, serving)
+        self._stage, self._workflows = stage, workflows
         self._provider = workflows.provider or self._make_provider()
 
         diff = self._role("Diff", "compares templates with what is deployed", workflows.pull_requests)
         self._allow_reading_stacks(diff, "cloudformation:DescribeStacks", "cloudformation:GetTemplate")
 
-        deploy = self._role("Deploy", "deploys, as the roles of cdk bootstrap", workflows.branch)
+        deploy = self._role("Deploy", "deploys, as the roles of cdk bootstrap", workflows.on_branch)
         for name in _BOOTSTRAP_ROLES:
             allow(deploy, "sts:AssumeRole", on=self._bootstrap_role(name))
 
-        smoke = self._role("Smoke", "tries what was deployed", workflows.branch)
+        smoke = self._role("Smoke", "tries what was deployed", workflows.on_branch)
         self._allow_reading_stacks(smoke, "cloudformation:DescribeStacks")
         allow_reading_label_studio_secret(smoke, stage=stage)
         allow_reading_backend_secrets(smoke, stage=stage)
@@ -56,7 +55,7 @@ class WorkflowsStack(cdk.Stack):
         allow_reading_objects(smoke, state.artifacts, "champions/")
         allow(smoke, "s3:GetBucketCORS", on=state.images.bucket_arn)
 
-        train = self._role("Train", "starts trainings and reads how they ended", workflows.branch, longest=_JOB)
+        train = self._role("Train", "starts trainings and reads how they ended", workflows.on_branch, longest=_JOB)
         self._allow_reading_stacks(train, "cloudformation:DescribeStacks")
         allow(train, "sqs:SendMessage", on=training.retrain_queue.queue_arn)
         allow_ledger(train, state.ledger, "GetItem", "Query")
@@ -86,10 +85,9 @@ class WorkflowsStack(cdk.Stack):
         return role
 
     def _allow_reading_stacks(self, role: iam.Role, *actions: str) -> None:
-        """CloudFormation gives each stack an id of its own, which no template can know."""
-        for stack in self._stacks:
-            arn = self.format_arn(service="cloudformation", resource="stack", resource_name=f"{stack.stack_name}/*")
-            allow(role, *actions, on=arn, wildcard="the stacks of this stage, whose ids AWS makes")
+        """All stacks of the stage. CloudFormation gives each an id of its own, which no template can know."""
+        arn = self.format_arn(service="cloudformation", resource="stack", resource_name=f"{self._stage.prefix}-*/*")
+        allow(role, *actions, on=arn, wildcard="the stacks of this stage, whose ids AWS makes")
 
     def _bootstrap_role(self, name: str) -> str:
         qualifier = self.synthesizer.bootstrap_qualifier or cdk.DefaultStackSynthesizer.DEFAULT_QUALIFIER

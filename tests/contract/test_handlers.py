@@ -16,6 +16,7 @@ import boto3
 import pytest
 
 from labelloop import artifacts
+from labelloop.acceptance import Acceptance
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError, UnknownModelError
 from labelloop.ledger import Ledger
@@ -51,6 +52,7 @@ class Reconciler:
         self.asked: list[tuple[str, bool]] = []
         self.answered: list[tuple[str, str, str]] = []
         self._errors = errors
+        self.outcome = Outcome(None, "nothing to do")
 
     def answer(self, model: str, request: str, outcome: Outcome) -> None:
         self.answered.append((model, request, outcome.reason))
@@ -59,7 +61,7 @@ class Reconciler:
         self.asked.append((model, asked))
         if model in self._errors:
             raise self._errors[model]
-        return Outcome(None, "nothing to do")
+        return self.outcome
 
 
 def retrain(
@@ -146,6 +148,31 @@ def test_a_fault_of_ours_with_one_model_stops_no_other(monkeypatch: pytest.Monke
     reconciler = Reconciler(digits=RuntimeError("a bug"))
     assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces"), signal("digits")) == ["m0", "m2"]
     assert [model for model, _ in reconciler.asked] == ["digits", "faces"]
+
+
+def metrics(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """What was written for CloudWatch to count, in the namespace of the stage, by service and model."""
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if '"_aws"' in line]
+    for line in lines:
+        (found,) = line["_aws"]["CloudWatchMetrics"]
+        assert (found["Namespace"], [set(names) for names in found["Dimensions"]]) == ("labelloop-test", [{"service", "model"}])
+    return lines
+
+
+def test_what_a_look_finds_is_counted_and_an_idle_schedule_counts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "labelloop-test")
+    monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "retrain")
+    monkeypatch.setattr("labelloop.model_config.ModelConfigs.names", ["digits"])
+    reconciler = Reconciler()
+    reconciler.outcome = Outcome("job-1", "due", annotated=100, acceptance=Acceptance(shown=8, kept=0))
+    retrain(monkeypatch, reconciler, signal("digits"), {"action": "SCHEDULE"})
+    counted = {name: line[name] for line in metrics(capsys) for name in line if name[0].isupper()}
+    assert counted == {"TrainingsStarted": [1], "PredictionsShown": [8], "PredictionsKept": [0], "Annotations": [100]}
+    reconciler.outcome = Outcome(None, "nothing to do", annotated=100)
+    retrain(monkeypatch, reconciler, {"action": "SCHEDULE"})
+    assert metrics(capsys) == []
 
 
 def test_a_model_that_is_not_set_up_yet_fills_no_dead_letter_queue(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +363,9 @@ def test_an_event_without_headers_is_one_without_credentials(monkeypatch: pytest
 # promote, refresh
 
 
-def test_promote_decides_tells_mlflow_and_announces(bucket: Bucket, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promote_decides_tells_mlflow_and_announces(
+    bucket: Bucket, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bus, queue = heard_bus()
     with serving() as mlflow:
         for name, value in {
@@ -346,6 +375,8 @@ def test_promote_decides_tells_mlflow_and_announces(bucket: Bucket, ledger: Ledg
             "EVENT_BUS": bus,
         }.items():
             monkeypatch.setenv(f"LABELLOOP_{name}", value)
+        monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "labelloop-test")
+        monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "promote")
         report = examples.evaluation(1, 0.9, job_name="job-1")
         bucket.put(artifacts.training_archive_key("digits", "job-1"), examples.model_archive(report))
         handler = examples.load_handler("promote")
@@ -356,6 +387,9 @@ def test_promote_decides_tells_mlflow_and_announces(bucket: Bucket, ledger: Ledg
             {"model": "x"},
         ]
         assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m2", "m3"]
+        (counted,) = metrics(capsys)
+        assert (counted["accuracy"], counted["version"]) == ([0.9], 1)
+        assert (counted["service"], counted["model"]) == ("promote", "digits")
         champion = Champions(bucket).read("digits")
         assert champion is not None
         assert champion.version == 1

@@ -237,8 +237,7 @@ def test_without_a_token_the_secrets_of_the_forge_count(script: Any, monkeypatch
     ((words, given),) = calls(tmp_path, "cdk")
     assert given["AWS_ACCESS_KEY_ID"] == "AKIA"
     assert "AWS_ROLE_ARN" not in given, "empty variables would lead SDKs astray"
-    assert words[0] == "deploy"
-    assert "--all" in words
+    assert words[:2] == ["deploy", "labelloop-dev-!(workflows)"]
 
 
 def test_without_either_it_says_what_to_set(
@@ -262,15 +261,15 @@ def test_a_role_that_aws_refuses_is_said(
 
 
 def test_context_values_reach_every_cdk_command(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LABELLOOP_CONTEXT", "label_studio_url=https://labels.example.org  reserved_concurrency=no")
+    monkeypatch.setenv("LABELLOOP_CONTEXT", "model_configs=models  stages=other.yaml")
     for step in ("synth", "diff", "deploy"):
         assert script.main([step]) == 0
     for (words, _), step in zip(calls(tmp_path, "cdk"), ("synth", "diff", "deploy"), strict=True):
         assert words[0] == step
         context = [words[number + 1] for number, word in enumerate(words) if word == "--context"]
-        assert context == ["stage=dev", "label_studio_url=https://labels.example.org", "reserved_concurrency=no"]
+        assert context == ["stage=dev", "model_configs=models", "stages=other.yaml"]
         assert ("template" in words) == (step == "diff"), "a change set would need rights to make one"
-    monkeypatch.setenv("LABELLOOP_CONTEXT", "label_studio_url")
+    monkeypatch.setenv("LABELLOOP_CONTEXT", "model_configs")
     assert script.main(["synth"]) == 2
 
 

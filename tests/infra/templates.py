@@ -20,7 +20,15 @@ LOCAL_CONTEXT = {
     "mlflow_url": "http://127.0.0.1:5000",
     "sagemaker_endpoint": "http://127.0.0.1:7000",
 }
-PROD_CONTEXT = {"stage": "prod", "label_studio_url": "https://label.example.org/"}
+PROD = {"label_studio_url": "https://label.example.org/", "alarms_email": "operators@example.org"}
+
+
+def context_of(folder: Path, **facts: Any) -> dict[str, str]:
+    """The context of a stage `prod` with these facts; its stages.yaml is written into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "stages.yaml"
+    file.write_text(json.dumps({"prod": {**PROD, **facts}}))  # JSON is YAML too
+    return {"stage": "prod", "stages": str(file)}
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from cli import cost
 from cli.cost import Bill, Price, PriceTable, Report, Usage
 from cli.main import app
 from infra_cdk.sources import ROOT
+from infra_cdk.stage_facts import StageFacts, read_facts
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfigs
 from tests.infra.templates import Templates
 
 MODELS = ModelConfigs(ROOT / "model_configs")
 DIGITS, DETECTOR = MODELS["digits"].config, MODELS["digit_detector"].config
+FACTS = StageFacts()
 PRICES = PriceTable.read("us-east-1")
 Resources = dict[str, cost.Resource]
 
@@ -28,7 +30,7 @@ Resources = dict[str, cost.Resource]
 @pytest.fixture(scope="module")
 def digits() -> Resources:
     """Of a stage with one model."""
-    return cost.synthesize(MODELS, ["digits"], "prod")
+    return cost.synthesize(MODELS, ["digits"], "prod", FACTS)
 
 
 def report(resources: Resources, **usage: Any) -> Report:
@@ -131,7 +133,7 @@ def test_memory_is_that_of_the_model_that_wants_most(tmp_path: Path, digits: Res
     models = ModelConfigs(tmp_path)
 
     def gb_seconds(names: list[str]) -> float:
-        resources = cost.synthesize(models, names, "prod")
+        resources = cost.synthesize(models, names, "prod", FACTS)
         found = cost.report([models[name].config for name in names], resources, Usage(), PRICES, "prod")
         return quantity(found.units["1,000 predictions"], "Lambda::Function", "GB-s (x86)")
 
@@ -186,8 +188,8 @@ def test_every_price_is_used_and_has_the_page_it_is_on() -> None:
 def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch, digits: Resources) -> None:
     asked: list[Any] = []
 
-    def synthesized(models: ModelConfigs, names: list[str], stage: str, *, predict_start: str) -> Resources:
-        asked.append((names, stage, predict_start))
+    def synthesized(models: ModelConfigs, names: list[str], stage: str, facts: StageFacts) -> Resources:
+        asked.append((names, stage, facts))
         return digits
 
     monkeypatch.setattr(cost, "synthesize", synthesized)
@@ -195,22 +197,23 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch, di
     assert told.exit_code == 0, told.output
     assert "a month with this work" in told.output
     assert "Nothing was measured on AWS" in told.output
-    given = CliRunner().invoke(app, ["cost", "digits", "--stage", "test", "--json"])
+    given = CliRunner().invoke(app, ["cost", "digits", "--stage", "dev", "--json"])
     assert given.exit_code == 0, given.output
     found = msgspec.convert(json.loads(given.stdout), Report)
     assert found.month == found.idle == report(digits).idle
     assert found.checked == PRICES.checked
-    assert asked == [(["digits"], "prod", "cold"), (["digits"], "test", "cold")]
+    assert asked == [(["digits"], stage, read_facts(stage)) for stage in ("prod", "dev")]
 
 
 @pytest.mark.parametrize(
     ("predict_start", "unit", "copies", "a_month", "restored"),
-    [("snapshot", "GB-s cached", 1, 6.83, 100), ("2", "GB-s ready (x86)", 2, 37.83, 0)],
+    [("snapshot", "GB-s cached", 1, 6.83, 100), (2, "GB-s ready (x86)", 2, 37.83, 0)],
 )
 def test_starting_predict_ahead_is_on_the_bill(
-    digits: Resources, predict_start: str, unit: str, copies: int, a_month: float, restored: int
+    digits: Resources, predict_start: Any, unit: str, copies: int, a_month: float, restored: int
 ) -> None:
-    ahead, cold = report(cost.synthesize(MODELS, ["digits"], "prod", predict_start=predict_start)), report(digits)
+    facts = msgspec.structs.replace(FACTS, predict_start=predict_start)
+    ahead, cold = report(cost.synthesize(MODELS, ["digits"], "prod", facts)), report(digits)
     gb = 1769 / 1024
     (line,) = (line for line in ahead.idle.lines if line.charged_by == unit)
     assert line.quantity == pytest.approx(copies * gb * 730 * 3600)
@@ -223,4 +226,4 @@ def test_a_region_without_prices_and_the_laptop_are_refused() -> None:
     with pytest.raises(ConfigError, match="eu-central-1"):
         PriceTable.read("eu-central-1")
     with pytest.raises(ConfigError, match="laptop"):
-        cost.synthesize(MODELS, ["digits"], "local")
+        cost.synthesize(MODELS, ["digits"], "local", FACTS)

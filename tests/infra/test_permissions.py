@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from tests import examples
-from tests.infra.templates import PROD_CONTEXT, Template, Templates, flat, synthesize
+from tests.infra.templates import Template, Templates, context_of, flat, synthesize
 
 # What is granted on "*", because the service knows no resource for it.
 WITHOUT_RESOURCE = {
@@ -150,6 +151,7 @@ def test_a_training_job_may_read_its_inputs_and_write_its_outputs(prod: Template
         "s3:PutObject Artifacts checkpoints/*",
         "s3:GetObject Artifacts cache/*",
         "s3:PutObject Artifacts cache/*",
+        "s3:PutObject Artifacts mlflow/*",  # the App's bucket: MLflow's client writes there itself
     }
 
 
@@ -188,7 +190,7 @@ def test_the_training_job_may_read_the_very_weights_that_configs_name(tmp_path: 
         config = yaml.safe_load(file.read_text())
         config["architecture"]["weights"] = weights
         file.write_text(yaml.safe_dump(config))
-    context = {**PROD_CONTEXT, "model_configs": str(tmp_path / "models")}
+    context = {**context_of(tmp_path), "model_configs": str(tmp_path / "models")}
     training = synthesize(context, tmp_path / "out").training
     (role,) = (name for name in training.of_type("IAM::Role") if name.startswith("JobsRole"))
     on_mirror = {
@@ -202,3 +204,24 @@ def test_the_training_job_may_read_the_very_weights_that_configs_name(tmp_path: 
         ("s3:GetObject", "arn:<AWS::Partition>:s3:::mirror/torchvision/net.pth"),
         ("s3:ListBucket", "arn:<AWS::Partition>:s3:::mirror"),
     }
+
+
+def test_only_who_talks_to_a_server_of_mlflow_may_read_its_token(tmp_path: Path) -> None:
+    templates = synthesize(context_of(tmp_path, mlflow="https://mlflow.example.org/"), tmp_path / "out")
+    secret = templates.state.only("SecretsManager::Secret", Name="labelloop/prod/mlflow")["Properties"]
+    assert secret["SecretString"] == '{"token":""}'
+    training = templates.training
+    (job,) = (name for name in training.of_type("IAM::Role") if name.startswith("JobsRole"))
+    (promote,) = training.functions["promote"]["Properties"]["Role"]["Fn::GetAtt"][:1]
+    readers = {
+        role
+        for template in templates
+        for role in template.of_type("IAM::Role")
+        if "secretsmanager:GetSecretValue mlflow-??????" in grants(template, role)
+    }
+    assert readers == {job, promote}
+    for name in ("promote", "retrain"):
+        variables = training.functions[name]["Properties"]["Environment"]["Variables"]
+        assert variables["LABELLOOP_MLFLOW_TRACKING_URI"] == "https://mlflow.example.org"
+        assert variables["LABELLOOP_MLFLOW_SECRET"] == "labelloop/prod/mlflow"
+    assert not any("sagemaker:CallMlflowAppApi" in json.dumps(template.body) for template in templates)

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from tests.infra.templates import PROD_CONTEXT, Template, Templates, flat, synthesize
+from tests.infra.templates import Template, Templates, context_of, flat, synthesize
 
 ROUTES = {
     ("GET", "health"): "MOCK",
@@ -162,7 +162,7 @@ def test_only_predict_may_invoke_and_only_the_parts(prod: Templates) -> None:
 def test_what_the_api_runs_is_bounded(prod: Templates, tmp_path: Path) -> None:
     bounds = {name: f["Properties"]["ReservedConcurrentExecutions"] for name, f in prod.serving.functions.items()}
     assert bounds == {"authorize": 20, "predict": 100, "predict_part": 100}
-    unbounded = synthesize({**PROD_CONTEXT, "reserved_concurrency": "no"}, tmp_path).serving
+    unbounded = synthesize(context_of(tmp_path, reserved_concurrency=False), tmp_path / "out").serving
     assert not [f for f in unbounded.functions.values() if "ReservedConcurrentExecutions" in f["Properties"]]
 
 
@@ -172,15 +172,15 @@ def test_predict_starts_cold_and_without_versions(either: Templates) -> None:
     assert "SnapStart" not in either.serving.functions["predict"]["Properties"]
 
 
-@pytest.mark.parametrize("predict_start", ["snapshot", "3"])
-def test_predict_can_be_started_ahead(predict_start: str, tmp_path: Path) -> None:
-    serving = synthesize({**PROD_CONTEXT, "predict_start": predict_start}, tmp_path).serving  # cdk-nag would stop it
+@pytest.mark.parametrize("predict_start", ["snapshot", 3])
+def test_predict_can_be_started_ahead(predict_start: str | int, tmp_path: Path) -> None:
+    serving = synthesize(context_of(tmp_path, predict_start=predict_start), tmp_path / "out").serving  # cdk-nag would stop it
     predict, (alias_id, alias) = serving.functions["predict"], *serving.of_type("Lambda::Alias").items()
     (version_id,) = serving.of_type("Lambda::Version")
     assert alias["Properties"]["FunctionVersion"] == {"Fn::GetAtt": [version_id, "Version"]}
     assert alias["Properties"]["FunctionName"] == {"Ref": serving.id_of(predict)}
     assert predict["Properties"].get("SnapStart") == ({"ApplyOn": "PublishedVersions"} if predict_start == "snapshot" else None)
-    ready = {"ProvisionedConcurrentExecutions": 3} if predict_start == "3" else None
+    ready = {"ProvisionedConcurrentExecutions": 3} if predict_start == 3 else None
     assert alias["Properties"].get("ProvisionedConcurrencyConfig") == ready
     for route in ("setup", "predict", "versions"):
         uri = next(m for (_, path), m in methods_of(serving).items() if path == route)["Integration"]["Uri"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from labelloop.redelivery import delay
-from tests.infra.templates import Resource, Template, Templates, flat
+from tests.infra.templates import Resource, Template, Templates, context_of, flat, synthesize
 
 WORKERS = {
     "ingest": (100, 5, 4),
@@ -186,3 +187,19 @@ def test_the_training_image_is_awss_own_for_the_region(prod: Templates) -> None:
 def _stack_name(templates: Templates) -> str:
     (manifest,) = templates.training.folder.glob("*-training.assets.json")
     return manifest.name.removesuffix(".assets.json")
+
+
+def test_training_jobs_run_in_the_stages_network(tmp_path: Path) -> None:
+    network = {"subnets": ["subnet-1a", "subnet-2b"], "security_groups": ["sg-3c"]}
+    training = synthesize(context_of(tmp_path, training_network=network), tmp_path / "out").training  # cdk-nag would stop it
+    variables = training.functions["retrain"]["Properties"]["Environment"]["Variables"]
+    assert variables["LABELLOOP_TRAINING_SUBNETS"] == "subnet-1a,subnet-2b"
+    assert variables["LABELLOOP_TRAINING_SECURITY_GROUPS"] == "sg-3c"
+    (role,) = (id for id in training.of_type("IAM::Role") if id.startswith("JobsRole"))
+    on = {
+        flat(resource).rpartition(":")[2]
+        for statement in training.statements(role)
+        if "ec2:CreateNetworkInterface" in statement["Action"]
+        for resource in (statement["Resource"] if isinstance(statement["Resource"], list) else [statement["Resource"]])
+    }
+    assert on == {"network-interface/*", "subnet/subnet-1a", "subnet/subnet-2b", "security-group/sg-3c"}

@@ -13,7 +13,7 @@ import pytest
 import infra_cdk.app
 from cli.cost import RULES, PriceTable
 from labelloop.errors import ConfigError
-from tests.infra.templates import PROD_CONTEXT, Template, Templates, flat, new_app
+from tests.infra.templates import Template, Templates, context_of, flat, new_app
 
 REPOSITORY = "acme/labels"
 GITHUB = "token.actions.githubusercontent.com"
@@ -21,16 +21,16 @@ NAMES = ("state", "training", "serving")
 MAIN, PULL_REQUEST = f"repo:{REPOSITORY}:ref:refs/heads/main", f"repo:{REPOSITORY}:pull_request"
 
 
-def bodies(folder: Path, **context: str) -> dict[str, Template]:
+def bodies(folder: Path, **workflows: str) -> dict[str, Template]:
     """All stacks by the last word of their names."""
-    app = new_app({**PROD_CONTEXT, **context}, folder)
+    app = new_app(context_of(folder, workflows=workflows), folder / "out")
     infra_cdk.app.build(app)
     return {stack.stack_name.rpartition("-")[2]: Template(stack.template, folder) for stack in app.synth().stacks}
 
 
 @pytest.fixture(scope="module")
 def stacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Template]:
-    return bodies(tmp_path_factory.mktemp("workflows"), github_repository=REPOSITORY)
+    return bodies(tmp_path_factory.mktemp("workflows"), repository=REPOSITORY)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,8 @@ def test_the_provider_takes_tokens_for_aws_only(workflows: Template) -> None:
 
 
 def test_comparing_reads_templates_and_nothing_else(workflows: Template) -> None:
-    stacks = [
-        f"arn:<AWS::Partition>:cloudformation:<AWS::Region>:<AWS::AccountId>:stack/labelloop-prod-{name}/*" for name in NAMES
-    ]
-    wanted = {(f"cloudformation:{action}", stack) for action in ("DescribeStacks", "GetTemplate") for stack in stacks}
+    stacks = "arn:<AWS::Partition>:cloudformation:<AWS::Region>:<AWS::AccountId>:stack/labelloop-prod-*/*"
+    wanted = {(f"cloudformation:{action}", stacks) for action in ("DescribeStacks", "GetTemplate")}
     assert granted(workflows, "Diff") == wanted
 
 
@@ -151,10 +149,10 @@ def test_another_forge_branch_and_provider(tmp_path: Path) -> None:
     provider = "arn:aws:iam::123456789012:oidc-provider/forge.example.org/api/actions"
     template = bodies(
         tmp_path,
-        github_repository="acme@12/labels@345",
-        oidc_issuer="https://forge.example.org/api/actions/",
-        oidc_provider=provider,
-        main_branch="release/1.x",
+        repository="acme@12/labels@345",
+        issuer="https://forge.example.org/api/actions",
+        provider=provider,
+        branch="release/1.x",
     )["workflows"]
     assert not template.of_type("IAM::OIDCProvider")
     statement = trust(template, "Deploy")
@@ -166,21 +164,21 @@ def test_another_forge_branch_and_provider(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "key"),
+    ("workflows", "key"),
     [
-        ({"github_repository": "labels"}, "github_repository"),
-        ({"github_repository": "acme/*"}, "github_repository"),
-        ({"github_repository": "*/labels"}, "github_repository"),
-        ({"github_repository": "acme/labels:ref"}, "github_repository"),
-        ({"github_repository": REPOSITORY, "oidc_issuer": "http://forge.example.org"}, "oidc_issuer"),
-        ({"github_repository": REPOSITORY, "oidc_provider": "github"}, "oidc_provider"),
-        ({"github_repository": REPOSITORY, "main_branch": "*"}, "main_branch"),
+        ({"repository": "labels"}, "repository"),
+        ({"repository": "acme/*"}, "repository"),
+        ({"repository": "*/labels"}, "repository"),
+        ({"repository": "acme/labels:ref"}, "repository"),
+        ({"repository": REPOSITORY, "issuer": "http://forge.example.org"}, "issuer"),
+        ({"repository": REPOSITORY, "provider": "github"}, "provider"),
+        ({"repository": REPOSITORY, "branch": "*"}, "branch"),
     ],
 )
-def test_what_could_let_anybody_in_is_refused(context: dict[str, str], key: str, tmp_path: Path) -> None:
+def test_what_could_let_anybody_in_is_refused(workflows: dict[str, str], key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        infra_cdk.app.build(new_app({**PROD_CONTEXT, **context}, tmp_path))
-    assert caught.value.key == key
+        infra_cdk.app.build(new_app(context_of(tmp_path, workflows=workflows), tmp_path / "out"))
+    assert caught.value.key == f"prod.workflows.{key}"
 
 
 def test_every_type_of_the_stack_has_a_price(workflows: Template) -> None:

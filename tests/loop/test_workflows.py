@@ -24,11 +24,12 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from cli import doctor
-from cli.deployment import Deployment
+from cli import deployment, doctor
 from cli.retrain import retrain
 from labelloop.records import Promotion
+from local.deploy import Deployment
 from local.environment import ACCOUNT
+from local.stack import Addresses
 from local.toolchain import REPOSITORY, find_uv
 from tests.laptop import Loop
 from tests.recording_server import Answer, RecordingServer, Request, serving
@@ -97,13 +98,18 @@ class Runner:
             "github.token": "forge-token",
             **{f"secrets.AWS_{job}_{key}": "" for job in JOBS for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")},
         }
-        self.roles = self._let_in()
+        self.roles = self._let_in(laptop, context, folder)
         self._values |= {f"vars.AWS_{job}_ROLE_ARN": self.roles[job] for job in JOBS}
 
-    def _let_in(self) -> dict[str, str]:
+    @staticmethod
+    def _let_in(laptop: Addresses, context: dict[str, str], folder: Path) -> dict[str, str]:
         """Deploy the workflows stack as an engineer does, with keys of one's own; the roles by job."""
-        asked = f"{self._values['vars.LABELLOOP_CONTEXT']} github_repository={REPOSITORY_NAME} oidc_provider={PROVIDER}"
-        self._step(".ci/workflow deploy", {"LABELLOOP_STAGE": "local", "LABELLOOP_CONTEXT": asked})
+        stages = folder / "stages.yaml"
+        stages.write_text(json.dumps({"local": {"workflows": {"repository": REPOSITORY_NAME, "provider": PROVIDER}}}))
+        context = {**context, "stage": "local", "stages": str(stages)}
+        Deployment(endpoint=laptop.emulator, context=context, work=folder / "cdk", log=folder / "deploy.log").deploy(
+            print, meanwhile=lambda: None
+        )
         (stack,) = boto3.client("cloudformation").describe_stacks(StackName="labelloop-local-workflows")["Stacks"]
         outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
         return {job: outputs[f"{job.capitalize()}RoleArn"] for job in JOBS}
@@ -215,11 +221,11 @@ def test_a_role_is_enough_for_its_job(
     loop.annotate_more(7)
     sessions = {job: sign_in(runner.roles[job], MAIN) for job in ("SMOKE", "TRAIN")}
 
-    def signed_in(job: str) -> Deployment:
+    def signed_in(job: str) -> deployment.Deployment:
         for name, value in sessions[job].items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-        return Deployment(loop.deployment.stage, loop.deployment.laptop)
+        return deployment.Deployment(loop.deployment.stage, loop.deployment.laptop)
 
     checks = doctor.examine(signed_in("SMOKE"), loop.folder)
     assert {check.name: check.message for check in checks if check.state != "pass"} == {}

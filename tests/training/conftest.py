@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from local import processes
-from local.environment import LOOPBACK, clean_environment
+from local.environment import clean_environment
+from tests.mlflow_server import mlflow_server
 from tests.training.opt_ml import OptMl, model_configs
 from training_jobs import train
 
@@ -21,19 +21,8 @@ EPOCHS = 4
 
 @pytest.fixture(scope="session")
 def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    port = processes.free_port()
-    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "artifacts")]
-    switches = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment = {**clean_environment(), **switches}
-    started = processes.start("mlflow", command, log=folder / "log", environment=environment, folder=folder)
-    try:
-        url = f"http://{LOOPBACK}:{port}"
-        processes.wait_until_ready(started, lambda: processes.answers(f"{url}/health"), limit_s=180)
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url:
         yield url
-    finally:
-        processes.stop([started.record], grace_s=5)
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def stage(ledger: Ledger, new_bucket: Callable[[], Bucket]) -> Iterator[Stage]:
             ledger=ledger,
             label_studio=label_studio,
             champions=Champions(kept),
-            outputs={"MlflowTrackingUri": server.url},
+            registry=Registry(server.url),
         )
         yield Stage(deployment, ledger, images, kept, label_studio, mlflow, server)
 

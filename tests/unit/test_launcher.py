@@ -21,17 +21,16 @@ from labelloop.model_config import Architecture, ModelConfig, Training
 from labelloop.settings import Settings
 from tests import examples
 
-SETTINGS = Settings(
-    {
-        "LABELLOOP_STAGE": "local",
-        "LABELLOOP_IMAGES_BUCKET": "labelloop-local-images",
-        "LABELLOOP_ARTIFACTS_BUCKET": "labelloop-local-artifacts",
-        "LABELLOOP_MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
-        "LABELLOOP_TRAINING_ROLE": "arn:aws:iam::000000000000:role/labelloop-training",
-        "LABELLOOP_TRAINING_IMAGE": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.14-cu133",
-        "LABELLOOP_TRAINING_CODE": "s3://labelloop-local-artifacts/code/abc.zip",
-    }
-)
+ENVIRONMENT = {
+    "LABELLOOP_STAGE": "local",
+    "LABELLOOP_IMAGES_BUCKET": "labelloop-local-images",
+    "LABELLOOP_ARTIFACTS_BUCKET": "labelloop-local-artifacts",
+    "LABELLOOP_MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+    "LABELLOOP_TRAINING_ROLE": "arn:aws:iam::000000000000:role/labelloop-training",
+    "LABELLOOP_TRAINING_IMAGE": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.14-cu133",
+    "LABELLOOP_TRAINING_CODE": "s3://labelloop-local-artifacts/code/abc.zip",
+}
+SETTINGS = Settings(ENVIRONMENT)
 OPERATION = botocore.session.get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob")
 INPUT: botocore.model.Shape = cast(botocore.model.Shape, OPERATION.input_shape)
 JOB = examples.job(job_name("local", "digits", "d" * 64, 1))
@@ -147,6 +146,13 @@ def test_a_job_that_is_not_on_spot_waits_for_no_spot() -> None:
     request = training_request(SETTINGS, CONFIGS["no spot"], JOB, None)
     assert request["EnableManagedSpotTraining"] is False
     assert "MaxWaitTimeInSeconds" not in request["StoppingCondition"]
+
+
+def test_a_job_runs_in_the_stages_network_where_it_has_one() -> None:
+    assert "VpcConfig" not in training_request(SETTINGS, CONFIGS["no spot"], JOB, None)
+    inside = {"LABELLOOP_TRAINING_SUBNETS": "subnet-1,subnet-2", "LABELLOOP_TRAINING_SECURITY_GROUPS": "sg-3"}
+    request = training_request(Settings({**ENVIRONMENT, **inside}), CONFIGS["no spot"], JOB, None)
+    assert request["VpcConfig"] == {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-3"]}
 
 
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
+
+import local.stack
+from cli.main import app
 
 
 def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,16 +54,6 @@ def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int
     assert "Traceback" not in done.stderr
 
 
-def test_every_command_explains_itself(tmp_path: Path) -> None:
-    assert labelloop("--help", folder=tmp_path).returncode == 0
-    laptop, model = ("demo", "up", "down", "status", "report", "lineage"), ("create-new-model", "check", "config-schema")
-    operations = ("retrain", "rollback", "promote", "rotate-secrets", "erase", "redrive")
-    for command in (*laptop, *model, "setup-label-studio-project", "upload-images", *operations):
-        done = labelloop(command, "--help", folder=tmp_path)
-        assert done.returncode == 0, command
-        assert len(done.stdout.split()) > 20
-
-
 @pytest.mark.parametrize("command", ["up", "check"])
 def test_an_empty_folder_of_models_says_how_to_make_one(tmp_path: Path, command: str) -> None:
     done = labelloop(command, folder=tmp_path, LABELLOOP_MODEL_CONFIGS=str(tmp_path))
@@ -66,3 +63,25 @@ def test_an_empty_folder_of_models_says_how_to_make_one(tmp_path: Path, command:
 def test_down_says_when_nothing_runs(tmp_path: Path) -> None:
     done = labelloop("down", folder=tmp_path)
     assert (done.returncode, "nothing runs" in done.stdout) == (0, True)
+
+
+def test_for_scripts_up_prints_addresses_alone_and_tells_its_progress_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stack:
+        def __init__(self, home: Path, *, model_configs: Path, report: Callable[[str, str], None]) -> None:
+            self.report = report
+
+        def up(self) -> SimpleNamespace:
+            self.report("mlflow", "starts")
+            sign_in = {"label_studio_user": "me@example.org", "label_studio_password": "secret", "label_studio_token": "token"}
+            return SimpleNamespace(label_studio="http://127.0.0.1:1", mlflow="http://127.0.0.1:2", **sign_in)
+
+    monkeypatch.setattr(local.stack, "LaptopStack", Stack)
+    done = CliRunner().invoke(app, ["up", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "label_studio": "http://127.0.0.1:1",
+        "user": "me@example.org",
+        "password": "secret",
+        "mlflow": "http://127.0.0.1:2",
+    }
+    assert "starts" in done.stderr

@@ -281,7 +281,7 @@ class RetrainingMachine(RuleBasedStateMachine):
             bucket, ledger, registry, wired(self.outbox, ServiceError("EventBridge does not answer")).announce
         )
         self.deployment = Deployment("local")
-        vars(self.deployment).update(artifacts=bucket, ledger=ledger, outputs={"MlflowTrackingUri": registry, "EventBus": "bus"})
+        vars(self.deployment).update(artifacts=bucket, ledger=ledger, registry=registry, outputs={"EventBus": "bus"})
         self.events = wired(self.outbox, TIMED_OUT)
 
         self.going_on: list[Invocation] = []
@@ -603,11 +603,10 @@ def run(examples: int, *, phases: tuple[Phase, ...] = (Phase.generate, Phase.shr
 
 @pytest.fixture(autouse=True)
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time stands still but for the machine's, and the commands talk to the registry that they are given."""
+    """Time stands still but for the machine's."""
     monkeypatch.setattr("labelloop.records.datetime", Clock)
     monkeypatch.setattr("labelloop.retrain.datetime", Clock)
     monkeypatch.setattr("labelloop.retrain.time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setattr(takeover, "Registry", lambda registry: registry)
 
 
 def test_whatever_happens_the_loop_comes_right() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labelloop import artifacts, snapshot_index
+from labelloop.acceptance import Acceptance
 from labelloop.errors import LabelStudioError, ServiceError, StorageError
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
@@ -26,6 +27,7 @@ from tests.fake_aws import FakeBucket
 from tests.fake_label_studio import FakeLabelStudio
 
 PROJECT = 7
+CHANGED = "2026-02-01T00:00:00Z"
 FOLDER: Any = examples.CONFIGS["digits"]
 KEY = artifacts.index_key("digits")
 
@@ -51,6 +53,7 @@ class Model:
 
     def __init__(self, *tasks: AnnotatedTask, bucket: Any = None) -> None:
         self.label_studio, self.bucket, self.log = Watched(*tasks), bucket or FakeBucket(), list[str]()
+        self.acceptance: Acceptance | None = None  # as the last look counted it
 
     def look(self, *, seconds: float = 60, folder: Any = FOLDER, project: int = PROJECT) -> tuple[Snapshot, bytes]:
         self.label_studio.read.clear()
@@ -60,6 +63,7 @@ class Model:
             opened(cast(Any, self.bucket), folder, project, Path(scratch), log=self._note) as index,
         ):
             index.catch_up(cast(Any, self.label_studio), seconds=seconds, log=self._note)
+            self.acceptance = index.acceptance
             manifest = io.BytesIO()
             return index.freeze(manifest, "{digest}"), manifest.getvalue()
 
@@ -147,6 +151,30 @@ def test_only_what_changed_is_read_again() -> None:
     assert model.look() == model.full
     assert set(model.label_studio.read) - {20} == {5, 21, 22}, "20 was the last change, it lies within the overlap"
     assert model.log == []
+
+
+def seen(number: int, label: str, shown: str) -> AnnotatedTask:
+    """A task whose annotator had a prediction of version 1 before them."""
+    task: Any = msgspec.json.decode(msgspec.json.encode(annotated_task(number, label)))
+    drawn = [{**region, "value": {"choices": [shown]}} for region in task["annotations"][0]["result"]]
+    task["annotations"][0]["prediction"] = {"id": number, "model_version": "digits v1", "score": 0.5, "result": drawn}
+    return msgspec.json.decode(msgspec.json.encode(task), type=AnnotatedTask)
+
+
+def test_new_annotations_tell_how_often_a_prediction_was_kept() -> None:
+    """Those that are read when all is read have been counted before, or had no prediction."""
+    model = Model(seen(1, "1", "1"))
+    model.look()
+    assert model.acceptance == Acceptance(shown=0, kept=0)
+    model.label_studio.annotated += [seen(number, "1", shown) for number, shown in ((32, "1"), (33, "2"), (34, "1"))]
+    model.label_studio.annotated = [
+        msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], updated_at=CHANGED)])
+        if task.id > 30
+        else task
+        for task in model.label_studio.annotated
+    ]
+    model.look()
+    assert model.acceptance == Acceptance(shown=4, kept=3), "the first lies within the overlap, and is counted once"
 
 
 def test_a_task_that_goes_and_one_that_loses_its_annotations_are_noticed_by_the_counts() -> None:

@@ -82,7 +82,7 @@ class Stage:
 def empty(bucket: Bucket, ledger: Ledger) -> Iterator[Stage]:
     with serving() as mlflow:
         deployment = Deployment("dev")
-        vars(deployment).update(artifacts=bucket, ledger=ledger, outputs={"MlflowTrackingUri": mlflow.url, "EventBus": "bus"})
+        vars(deployment).update(artifacts=bucket, ledger=ledger, registry=Registry(mlflow.url), outputs={"EventBus": "bus"})
         yield Stage(deployment, mlflow)
 
 

@@ -20,6 +20,9 @@ class Acceptance:
     kept: int
 
 
+NONE_SEEN = Acceptance(shown=0, kept=0)
+
+
 def acceptance(tasks: Iterable[AnnotatedTask], config: ModelConfig, label_config: LabelConfig) -> dict[int, Acceptance]:
     """By version, in order. A task's latest annotation counts, unless auto-accept made it or it cannot be read.
 

@@ -139,6 +139,7 @@ def training_request(
         },
         "Environment": {
             "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+            **({"LABELLOOP_MLFLOW_SECRET": settings.mlflow_secret} if settings.mlflow_secret else {}),
             "LABELLOOP_STAGE": settings.stage,
             "LABELLOOP_CACHE": f"s3://{bucket}/{artifacts.cache_prefix(config.name)}",
         },
@@ -150,6 +151,7 @@ def training_request(
             "InstanceCount": 1,
             "VolumeSizeInGB": training.volume_gb,
         },
+        **_network(settings),
         "StoppingCondition": {
             "MaxRuntimeInSeconds": seconds,
             **({"MaxWaitTimeInSeconds": 2 * seconds} if training.spot else {}),
@@ -158,6 +160,13 @@ def training_request(
         "ProfilerConfig": {"DisableProfiler": True},
         "Tags": [{"Key": "labelloop:model", "Value": config.name}, {"Key": "labelloop:digest", "Value": job.digest}],
     }
+
+
+def _network(settings: Settings) -> dict[str, Any]:
+    """The VPC that the job runs in, where the stage has one; then it reaches nothing but what that lets it reach."""
+    if not settings.training_subnets:
+        return {}
+    return {"VpcConfig": {"Subnets": settings.training_subnets, "SecurityGroupIds": settings.training_security_groups}}
 
 
 def _channel(name: str, uri: str, mode: str = "File") -> dict[str, Any]:

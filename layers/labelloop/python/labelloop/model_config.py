@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from labelloop import problem_types
+from labelloop.closed_schema import Section, convert
 from labelloop.errors import ConfigError, UnknownModelError
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.records import BoxRules, GateRules, ProblemTypeName
@@ -30,10 +31,6 @@ Share = Meta(ge=0, lt=1)
 Between = Meta(gt=0, lt=1)
 Count = Meta(ge=1)
 Minutes = Meta(ge=0, le=525_600)  # a year
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping of config.yaml. Docstrings and descriptions are what the JSON schema and a new model's config tell."""
 
 
 class Architecture(Section, frozen=True, kw_only=True):
@@ -192,7 +189,7 @@ class Training(Section, frozen=True, kw_only=True):
     fallback_instance_types: Annotated[
         list[Annotated[str, Meta(pattern=r"^ml\.")]],
         Meta(description="taken in turn where AWS has no such machine to spare, or the account no quota for it"),
-    ] = []
+    ] = msgspec.field(default_factory=list)
     spot: Annotated[bool, Meta(description="spare capacity: cheaper, may be interrupted and goes on from its checkpoint")] = True
     max_runtime_minutes: Annotated[int, Count, Meta(description="the job is stopped after so long")] = 60
     volume_gb: Annotated[int, Count, Meta(description="disk of the training instance")] = 30
@@ -359,11 +356,7 @@ class ModelConfigs:
 
 def parse(text: str, *, where: str) -> ModelConfig:
     """Read a config.yaml. `where` names it in errors. Raises `ConfigError`."""
-    try:
-        config = msgspec.convert(_plain(text, where), ModelConfig, strict=True)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        raise ConfigError(where, _with_remedy(message), path.strip("`.")) from error
+    config = convert(_plain(text, where), ModelConfig, where=where)
     for key, problem in config.contradictions():
         raise ConfigError(where, problem, key)
     return config
@@ -398,19 +391,3 @@ def _read(file: Path) -> str:
         raise ConfigError(str(file), "no such file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(str(file), f"is not UTF-8 text: {error}") from error
-
-
-def _with_remedy(message: str) -> str:
-    unknown = re.search(r"unknown field `([^`]+)`", message)
-    if unknown:
-        import difflib
-
-        known = {name for section in Section.__subclasses__() for name in section.__struct_fields__}
-        near = difflib.get_close_matches(unknown[1], sorted(known), n=1)
-        return f"unknown key {unknown[1]!r}; " + (f"did you mean {near[0]!r}?" if near else "remove it")
-    missing = re.search(r"missing required field `([^`]+)`", message)
-    if missing:
-        return f"the key {missing[1]!r} is missing; add it"
-    if message.startswith("Expected `str`, got"):
-        return f"{message}; put it in quotes"
-    return message

@@ -5,7 +5,9 @@ mlflow's own client weighs 69 MB at the least, waits 120 s and retries: not for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -37,14 +39,16 @@ class Run:
 class Registry:
     """A model registry. `tracking_uri` is an MLflow server's address, or the ARN of a SageMaker MLflow App.
 
+    `token` gives a server's bearer token, empty where it asks for none. `endpoint`: where the App is, when not at AWS.
     Methods raise `RegistryError`; repeating them is harmless.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, token: Callable[[], str] | None = None, *, endpoint: str | None = None) -> None:
         self._app = tracking_uri if tracking_uri.startswith("arn:") else None
-        region = tracking_uri.split(":")[3] if self._app else ""
-        self._url = f"https://mlflow.sagemaker.{region}.app.aws" if self._app else tracking_uri.rstrip("/")
-        self._region = region
+        self._region = tracking_uri.split(":")[3] if self._app else ""
+        address = f"https://mlflow.sagemaker.{self._region}.app.aws" if self._app else tracking_uri
+        self._url = (endpoint or address).rstrip("/")
+        self._token = token
         self._http = urllib3.PoolManager(timeout=_TIMEOUT, retries=_RETRIES)
 
     def set_alias(self, model: str, alias: str, version: int) -> None:
@@ -67,7 +71,7 @@ class Registry:
 
     def _runs(self, model: str, where: str) -> list[dict[str, Any]]:
         try:
-            found = self._call("GET", f"experiments/get-by-name?{urlencode({'experiment_name': model})}")
+            found = self._call("GET", f"experiments/get-by-name?{urlencode({'experiment_name': model}, quote_via=quote)}")
         except RegistryError as error:
             if error.status != 404:
                 raise
@@ -100,7 +104,8 @@ class Registry:
 
     def _send(self, method: str, path: str, content: bytes, kind: str = "application/json") -> bytes:
         url = f"{self._url}/api/2.0/{path}"
-        headers = {"Content-Type": kind, **self._signature(method, url, content)}
+        signed_in = self._signature(method, url, content) if self._app else self._bearer()
+        headers = {"Content-Type": kind, **signed_in}
         try:
             answer = self._http.request(method, url, body=content or None, headers=headers)
         except urllib3.exceptions.HTTPError as error:
@@ -111,17 +116,25 @@ class Registry:
             raise RegistryError(f"MLflow answered {what} with {answer.status}: {text}", status=answer.status)
         return bytes(answer.data)
 
+    def _bearer(self) -> dict[str, str]:
+        token = self._token() if self._token else ""
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
     def _signature(self, method: str, url: str, content: bytes) -> dict[str, str]:
-        """SigV4 headers for an MLflow App; none for a plain server."""
-        if self._app is None:
-            return {}
+        """SigV4 headers for an MLflow App."""
         from botocore.auth import SigV4Auth
         from botocore.awsrequest import AWSRequest
-        from botocore.session import Session
 
         request = AWSRequest(method, url, data=content, headers={"x-sm-mlflow-app-arn": self._app})
+        SigV4Auth(self._credentials.get_frozen_credentials(), "sagemaker", self._region).add_auth(request)
+        return dict(request.headers.items())
+
+    @cached_property
+    def _credentials(self) -> Any:
+        """They are renewed by themselves."""
+        from botocore.session import Session
+
         credentials = Session().get_credentials()
         if credentials is None:
             raise RegistryError("there are no AWS credentials to sign a request to the MLflow App with")
-        SigV4Auth(credentials, "sagemaker", self._region).add_auth(request)
-        return dict(request.headers.items())
+        return credentials

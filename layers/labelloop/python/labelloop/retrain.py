@@ -10,13 +10,14 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
 
 from labelloop import artifacts, snapshot_index
+from labelloop.acceptance import NONE_SEEN, Acceptance
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError
 from labelloop.label_studio.client import LabelStudioClient
@@ -32,15 +33,21 @@ _READING_SECONDS = 180.0  # of Label Studio, in one look; the rest of the functi
 _TRIES = 5  # of a look that another one got ahead of
 ASKED = "START_TRAINING"  # Label Studio's button
 SCHEDULE = "SCHEDULE"
+TRAINING_FAILED = "training failed"  # in the log, where the stage's alarm looks for it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a reconcile did: the job it started, or why it did not. `remembered`: one was asked for, and comes later."""
+    """What a reconcile did: the job it started, or why it did not. `remembered`: one was asked for, and comes later.
+
+    `annotated`: tasks, None where nobody counted. `acceptance`: of annotations that were read for the first time.
+    """
 
     started: str | None
     reason: str
     remembered: bool = False
+    annotated: int | None = field(default=None, compare=False)
+    acceptance: Acceptance = field(default=NONE_SEEN, compare=False)
 
 
 class Reconciler:
@@ -125,9 +132,12 @@ class Reconciler:
         )
         status: TrainingStatus = "failed" if state.status == "Failed" else "stopped"
         after = msgspec.structs.replace(head, failure=failure)
-        return self._ledger.finish(
+        finished = self._ledger.finish(
             head, after, Training(job=job, status=status, ended_at=ended_at, failure=reason, no_machine=state.no_machine)
         )
+        message = "no machine for a training" if state.no_machine else TRAINING_FAILED  # the first comes again by itself
+        self._log(message, model=model, job_name=job.job_name, reason=reason)
+        return finished
 
     def _busy(self, model: str, head: Head) -> str | None:
         """Why no training may start now, whatever is due; None when one may."""
@@ -143,16 +153,18 @@ class Reconciler:
     def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
         folder = self._configs[model]
         project = self._ledger.project(model)
-        decision = self._decide(model, head, self._label_studio.count_annotated(project), asked=asked)
+        annotated = self._label_studio.count_annotated(project)
+        decision = self._decide(model, head, annotated, asked=asked)
         if not decision.train:
-            return Outcome(None, decision.reason)
+            return Outcome(None, decision.reason, annotated=annotated)
 
         with (
             tempfile.TemporaryDirectory() as scratch,
             snapshot_index.opened(self._bucket, folder, project, Path(scratch), log=self._log) as index,
         ):
             index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
-            return self._train_what_is_new(head, folder, index, Path(scratch) / "manifest.jsonl", asked=asked)
+            outcome = self._train_what_is_new(head, folder, index, Path(scratch) / "manifest.jsonl", asked=asked)
+            return replace(outcome, annotated=annotated, acceptance=index.acceptance)
 
     def _train_what_is_new(
         self, head: Head, folder: ModelFolder, index: SnapshotIndex, manifest: Path, *, asked: bool

@@ -57,6 +57,11 @@ class Settings:
         return self._get("LABELLOOP_MLFLOW_TRACKING_URI")
 
     @property
+    def mlflow_secret(self) -> str | None:
+        """Name of the secret that holds an MLflow server's token; None where there is none."""
+        return self._environ.get("LABELLOOP_MLFLOW_SECRET") or None
+
+    @property
     def event_bus(self) -> str:
         return self._get("LABELLOOP_EVENT_BUS")
 
@@ -89,6 +94,15 @@ class Settings:
         return self._get("LABELLOOP_TRAINING_CODE")
 
     @property
+    def training_subnets(self) -> list[str]:
+        """Ids of the subnets that training jobs run in; none outside of a VPC."""
+        return [name for name in self._environ.get("LABELLOOP_TRAINING_SUBNETS", "").split(",") if name]
+
+    @property
+    def training_security_groups(self) -> list[str]:
+        return [name for name in self._environ.get("LABELLOOP_TRAINING_SECURITY_GROUPS", "").split(",") if name]
+
+    @property
     def model_configs(self) -> str | None:
         """A folder of model configs that takes the place of the packaged one."""
         return self._environ.get("LABELLOOP_MODEL_CONFIGS") or None
@@ -100,7 +114,7 @@ class Settings:
 
     @property
     def starts_ahead(self) -> bool:
-        """Whether nobody waits for this start: Lambda takes a snapshot of it, or keeps it ready (`-c predict_start`)."""
+        """Whether nobody waits for this start: Lambda takes a snapshot of it, or keeps it ready (`predict_start`)."""
         return self._environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") in ("snap-start", "provisioned-concurrency")
 
     @property

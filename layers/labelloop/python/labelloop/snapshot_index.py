@@ -24,6 +24,7 @@ from typing import BinaryIO
 import msgspec
 
 from labelloop import artifacts
+from labelloop.acceptance import NONE_SEEN, Acceptance, acceptance
 from labelloop.artifacts import Bucket
 from labelloop.dataset import row_of
 from labelloop.errors import ConflictError, LabelloopError, ServiceError, StorageError
@@ -68,6 +69,7 @@ class SnapshotIndex:
 
     def __init__(self, config: ModelConfig, label_config: LabelConfig, project: int, file: Path | str) -> None:
         self._config, self._label_config, self._project = config, label_config, project
+        self.acceptance = NONE_SEEN  # of what this object has read that was new
         self._database = sqlite3.connect(file, isolation_level=None)
         # A file that is half-written after a crash is nobody's: it lies in a folder that goes.
         self._database.executescript(
@@ -133,11 +135,18 @@ class SnapshotIndex:
         changed_after = datetime.fromisoformat(since) - _OVERLAP if since else None
         for page in label_studio.annotated_tasks(self._project, since=changed_after, after=after):
             self.put(page)
+            if since is not None:  # what is read anew when an index is built has been counted before
+                self._count_accepted(page)
             self._database.execute("UPDATE progress SET after = ?", (page[-1].id,))
             if time.monotonic() > until:
                 read = f"{self._counts[0]:,} of {there.tasks:,} annotated tasks" if since is None else "a part of what is new"
                 raise ServiceError(f"{read} are read, the next look goes on")
         self._database.execute("UPDATE progress SET since = ?, begun = NULL, after = 0", (begun or None,))
+
+    def _count_accepted(self, tasks: list[AnnotatedTask]) -> None:
+        found = acceptance(tasks, self._config, self._label_config).values()
+        shown, kept = (sum(getattr(one, name) for one in (self.acceptance, *found)) for name in ("shown", "kept"))
+        self.acceptance = Acceptance(shown=shown, kept=kept)
 
     def put(self, tasks: Iterable[AnnotatedTask]) -> None:
         """Take in tasks as they are now; one without annotations goes."""

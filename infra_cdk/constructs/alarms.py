@@ -1,0 +1,57 @@
+"""Alarms that a person has to act on, and the topic that tells one."""
+
+from __future__ import annotations
+
+import aws_cdk as cdk
+from aws_cdk import aws_cloudwatch as cloudwatch
+from aws_cdk import aws_cloudwatch_actions as actions
+from aws_cdk import aws_iam as iam
+from aws_cdk import aws_sns as sns
+from aws_cdk import aws_sns_subscriptions as subscriptions
+from constructs import Construct
+
+from infra_cdk.stage import Stage
+
+RUNBOOK = "docs/operations.md"
+
+
+class AlarmTopic(sns.Topic):
+    """Where every alarm of the stage is told, by e-mail where stages.yaml names an address."""
+
+    def __init__(self, scope: Construct, id: str, *, stage: Stage) -> None:
+        super().__init__(scope, id, topic_name=_topic_name(stage), display_name=f"labelloop {stage.name}", enforce_ssl=True)
+        self.add_to_resource_policy(
+            iam.PolicyStatement(
+                principals=[iam.ServicePrincipal("cloudwatch.amazonaws.com")],
+                actions=["sns:Publish"],
+                resources=[self.topic_arn],
+                conditions={"StringEquals": {"aws:SourceAccount": cdk.Aws.ACCOUNT_ID}},
+            )
+        )
+        if stage.facts.alarms_email:
+            self.add_subscription(subscriptions.EmailSubscription(stage.facts.alarms_email))
+
+
+class OperatorAlarm(cloudwatch.Alarm):
+    """Rings at `threshold` and above. `says`: what is wrong; `runbook`: the row of docs/operations.md that says what to do."""
+
+    def __init__(
+        self, scope: Construct, id: str, *, stage: Stage, says: str, runbook: str, metric: cloudwatch.IMetric, threshold: float
+    ) -> None:
+        super().__init__(
+            scope,
+            id,
+            alarm_description=f"{says}. What to do: {RUNBOOK}#{runbook}",
+            metric=metric,
+            threshold=threshold,
+            evaluation_periods=1,
+            comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
+            treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
+        )
+        # By its name: the topic lies in the state stack, and an export would tie the stacks together.
+        arn = cdk.Stack.of(self).format_arn(service="sns", resource=_topic_name(stage))
+        self.add_alarm_action(actions.SnsAction(sns.Topic.from_topic_arn(self, "Topic", arn)))
+
+
+def _topic_name(stage: Stage) -> str:
+    return f"{stage.prefix}-alarms"
