@@ -20,6 +20,7 @@ import boto3
 import msgspec
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 
 from cli import cost
 from cli.deployment import Deployment
@@ -319,6 +320,8 @@ def _candidates(kind: str, found: list[list[Region]], classes: list[str]) -> lis
     return every
 
 
+STAGE = "dev"  # one that stages.yaml has
+_PARTS = ("state", "training", "serving")
 _synthesize = cost.synthesize
 _templates: dict[str, dict[str, cost.Resource]] = {}
 
@@ -344,6 +347,7 @@ def deployed(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", others.url)
         monkeypatch.setattr(cost, "synthesize", _synthesized_once)
         boto3.client("secretsmanager").create_secret(Name=f"{name}/label-studio", SecretString='{"token": "0123456789abcdef"}')
+        stack.enter_context(_mlflow_token())
         sqs = boto3.client("sqs")
         ends = ("Queue", "QueueDeadLetters")
         queues = {
@@ -359,13 +363,25 @@ def deployed(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
             "LabelStudioSecret": f"{name}/label-studio",
             **queues,
         }
-        _stacks(name, outputs)
+        stack.enter_context(_stacks(outputs))
         ledger = Ledger(ledger_table)
         ledger.set_project(folder.config.name, 1)
-        yield Stage(name, folder, Bucket(name), ledger, label_studio, services, asked, queues)
+        yield Stage(STAGE, folder, Bucket(name), ledger, label_studio, services, asked, queues)
 
 
-def _stacks(name: str, outputs: dict[str, str]) -> None:
+@contextmanager
+def _mlflow_token() -> Iterator[None]:
+    """A server of one's own wants a token."""
+    secrets, name = boto3.client("secretsmanager"), f"labelloop/{STAGE}/mlflow"
+    secrets.create_secret(Name=name, SecretString='{"token": "0123456789abcdef"}')
+    try:
+        yield
+    finally:
+        secrets.delete_secret(SecretId=name, ForceDeleteWithoutRecovery=True)
+
+
+@contextmanager
+def _stacks(outputs: dict[str, str]) -> Iterator[None]:
     """Three stacks as a deployment has them; everything stands in the outputs of one."""
     cloudformation = boto3.client("cloudformation")
     for part, its in (("state", outputs), ("training", {}), ("serving", {})):
@@ -373,13 +389,26 @@ def _stacks(name: str, outputs: dict[str, str]) -> None:
             "Resources": {"Topic": {"Type": "AWS::SNS::Topic", "Properties": {}}},
             "Outputs": {key: {"Value": value} for key, value in its.items()},
         }
-        cloudformation.create_stack(StackName=f"labelloop-{name}-{part}", TemplateBody=json.dumps(template))
-    for part in ("state", "training", "serving"):
+        cloudformation.create_stack(StackName=f"labelloop-{STAGE}-{part}", TemplateBody=json.dumps(template))
+    _wait_for(cloudformation, "CREATE_COMPLETE")
+    try:
+        yield
+    finally:
+        for part in _PARTS:
+            cloudformation.delete_stack(StackName=f"labelloop-{STAGE}-{part}")
+        _wait_for(cloudformation, "DELETE_COMPLETE")
+
+
+def _wait_for(cloudformation: Any, state: str) -> None:
+    for part in _PARTS:
         until = time.monotonic() + 30
-        while _state(cloudformation, f"labelloop-{name}-{part}") != "CREATE_COMPLETE":
+        while _state(cloudformation, f"labelloop-{STAGE}-{part}") != state:
             assert time.monotonic() < until
             time.sleep(0.05)
 
 
 def _state(cloudformation: Any, stack: str) -> str:
-    return str(cloudformation.describe_stacks(StackName=stack)["Stacks"][0]["StackStatus"])
+    try:
+        return str(cloudformation.describe_stacks(StackName=stack)["Stacks"][0]["StackStatus"])
+    except ClientError:  # as CloudFormation says it of a stack that is gone
+        return "DELETE_COMPLETE"
