@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import aws_cdk as cdk
+from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_events as events
 from aws_cdk import aws_events_targets as targets
 from aws_cdk import aws_iam as iam
@@ -28,6 +29,7 @@ from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
 
+_DRIFT = 5  # times what chance gives; chance alone gives that to one window in 2,000
 _SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, at most
 
 
@@ -164,6 +166,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 "LABELLOOP_PRELABEL_QUEUE": worker.queue.queue_url,
+                "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 **label_studio_environment(self._stage),
                 **INFERENCE_THREADS,
             },
@@ -171,9 +174,26 @@ class TrainingStack(cdk.Stack):
         )
         allow_reading_objects(role, self._state.images, "images/")
         allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
-        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # audits
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # audits, versions in shadow, drift
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow(role, "sqs:SendMessage", on=worker.queue.queue_arn)  # to look again at what somebody may have open
+        for kind, what in (("Embedding", "what a model sees in them"), ("Confidence", "how sure a model is of them")):
+            cloudwatch.Alarm(
+                self,
+                f"{kind}Drift",
+                alarm_description=f"the newest images are not like those that versions are measured on, by {what}",
+                metric=cloudwatch.Metric(
+                    namespace=self._stage.prefix,
+                    metric_name=f"{kind}Drift",
+                    dimensions_map={"service": "prelabel"},
+                    period=cdk.Duration.minutes(5),
+                    statistic="Maximum",
+                ),
+                threshold=_DRIFT,
+                evaluation_periods=1,
+                comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
+                treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
+            )
 
     def _function(
         self,
