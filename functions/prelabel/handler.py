@@ -53,12 +53,12 @@ def prelabel(record: SQSRecord) -> None:
     except LabelloopError as error:
         logger.error("comes again", model=tasks.model, reason=str(error), error=type(error).__name__)
         raise
-    drift = {"embedding": outcome.drift.embedding, "confidence": outcome.drift.confidence} if outcome.drift else {}
-    for kind, value in drift.items():
-        if value is not None:
-            with single_metric(name=f"{kind.capitalize()}Drift", unit=MetricUnit.NoUnit, value=value):
-                pass
-    logger.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome={**vars(outcome), "drift": drift})
+    drift = outcome.drift.figures if outcome.drift else {}
+    if drift:
+        with single_metric(name="Drift", unit=MetricUnit.NoUnit, value=max(drift.values())):
+            pass
+    told = {**vars(outcome), "drift": drift}
+    logger.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome=told)
 
 
 @logger.inject_lambda_context

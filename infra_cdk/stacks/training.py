@@ -28,8 +28,8 @@ from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environ
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
+from labelloop import drift
 
-_DRIFT = 5  # times what chance gives; chance alone gives that to one window in 2,000
 _SCHEDULE = cdk.Duration.minutes(5)  # how late a lost webhook is made up for, at most
 
 
@@ -177,23 +177,22 @@ class TrainingStack(cdk.Stack):
         allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # audits, versions in shadow, drift
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow(role, "sqs:SendMessage", on=worker.queue.queue_arn)  # to look again at what somebody may have open
-        for kind, what in (("Embedding", "what a model sees in them"), ("Confidence", "how sure a model is of them")):
-            cloudwatch.Alarm(
-                self,
-                f"{kind}Drift",
-                alarm_description=f"the newest images are not like those that versions are measured on, by {what}",
-                metric=cloudwatch.Metric(
-                    namespace=self._stage.prefix,
-                    metric_name=f"{kind}Drift",
-                    dimensions_map={"service": "prelabel"},
-                    period=cdk.Duration.minutes(5),
-                    statistic="Maximum",
-                ),
-                threshold=_DRIFT,
-                evaluation_periods=1,
-                comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
-                treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
-            )
+        cloudwatch.Alarm(
+            self,
+            "Drift",
+            alarm_description="the newest images are not like those that a version was measured on: labelloop status says how",
+            metric=cloudwatch.Metric(
+                namespace=self._stage.prefix,
+                metric_name="Drift",
+                dimensions_map={"service": "prelabel"},
+                period=cdk.Duration.minutes(5),
+                statistic="Maximum",
+            ),
+            threshold=drift.ALARM,
+            evaluation_periods=1,
+            comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
+            treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
+        )
 
     def _function(
         self,

@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from labelloop.records import Drift, DriftReference, Served
 
 WINDOW = 100  # images of the holdout that are compared
 FEWEST = 30  # from which on they are
+ALARM = 5.0  # times what chance gives; chance alone gives that to one window in 2,000
 _FEWEST_HELD_OUT = 50
 _AXES = 8
 _BINS = 5
 _FLAT = 1e-4  # of the largest spread: what is smaller is rounding
 _DIGITS = 5  # that a place is kept with
 
-type Floats = NDArray[np.floating[Any]]
+type Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]  # numpy.typing is not in the functions' layer
 
 
 def reference(embeddings: Floats, certainties: Sequence[float]) -> DriftReference | None:
@@ -45,7 +45,7 @@ def reference(embeddings: Floats, certainties: Sequence[float]) -> DriftReferenc
         axes=whitening.tobytes(),
         centre=(mean @ whitening).astype(np.float32).tobytes(),
         edges=edges.tolist(),
-        counts=_counts(edges, certainties).tolist(),
+        counts=[int(count) for count in _counts(edges, certainties)],
     )
 
 
@@ -89,5 +89,5 @@ def _worth(one: int, other: int) -> float:
     return one * other / (one + other)
 
 
-def _counts(edges: Floats, certainties: Sequence[float]) -> NDArray[np.int64]:
+def _counts(edges: Floats, certainties: Sequence[float]) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.bincount(np.searchsorted(edges, certainties, side="right"), minlength=len(edges) + 1)

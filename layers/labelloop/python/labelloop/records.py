@@ -492,6 +492,12 @@ class Drift(Record, frozen=True, kw_only=True):
     embedding: float | None = None
     confidence: float | None = None
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that are known, by name."""
+        both = {"embedding": self.embedding, "confidence": self.confidence}
+        return {name: figure for name, figure in both.items() if figure is not None}
+
 
 class TurnedOff(Record, frozen=True, kw_only=True):
     """That auto-accept has turned itself off for a version, and on what evidence."""
