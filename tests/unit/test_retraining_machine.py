@@ -777,15 +777,6 @@ def no_look_at_shadows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reconciler, "_follow_shadow", lambda _self, _model: None)
 
 
-def a_shadow_of_any_champion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version goes on in shadow although another serves than the one that it is compared with."""
-
-    def newest(promotions: Any, _champion: Champion | None) -> Promotion | None:
-        return max((one for one in promotions if one.verdict == "shadow"), key=lambda one: one.version, default=None)
-
-    monkeypatch.setattr(shadow, "running", newest)
-
-
 @pytest.mark.parametrize(
     "break_guard",
     [
@@ -799,7 +790,6 @@ def a_shadow_of_any_champion(monkeypatch: pytest.MonkeyPatch) -> None:
         any_pointer_will_do,
         any_model_file_will_do,
         no_look_at_shadows,
-        a_shadow_of_any_champion,
     ],
 )
 def test_a_broken_guard_is_found(monkeypatch: pytest.MonkeyPatch, break_guard: Callable[[pytest.MonkeyPatch], None]) -> None:
