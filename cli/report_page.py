@@ -20,7 +20,12 @@ from training_jobs.calibration import Bin
 from training_jobs.drawing import BAD, BLUE, GOOD, INK, UNSURE, draw_confusion, render, svg
 from training_jobs.report_page import FIGURES
 
-_MARKS: dict[Verdict, tuple[str, str]] = {"promote": ("o", GOOD), "keep": ("X", BAD), "undecided": ("s", UNSURE)}
+_MARKS: dict[Verdict, tuple[str, str]] = {
+    "promote": ("o", GOOD),
+    "keep": ("X", BAD),
+    "undecided": ("s", UNSURE),
+    "shadow": ("D", BLUE),
+}
 
 
 def write(report: Report, file: Path) -> None:

@@ -30,7 +30,8 @@ from labelloop.model_config import ModelFolder
 
 _SETTLE_SECONDS = KNOWN_SECONDS + 2.0  # after which every function goes by what the secret holds now
 _TRIES = 8  # to see a change of the secret at the API
-_PAUSE_SECONDS = 2.0  # between them
+_PAUSE_SECONDS = 2.0  # between them, and between gifts
+_GIFTS = 5  # of the new password to Label Studio
 _TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
 _LETTERS = string.ascii_letters + string.digits  # punctuation is at the mercy of every client's Basic auth
 _LENGTH = 40
@@ -76,7 +77,7 @@ class _Rotation:
             self._settle()
             self._demand(self._secret.password, HTTPStatus.OK)
             self._report("the API takes the new password")
-            if give_credentials(self._deployment, self._folder) is not None:
+            if self._give() is not None:
                 self._report("Label Studio has the new password")
             self._write(previous=None, retired=self._secret.previous)
         self._settle()
@@ -87,6 +88,19 @@ class _Rotation:
         project = self._demand_sign_in()
         self._write(retired=None)
         return Rotated(self._model, self._name, project, interrupted)
+
+    def _give(self) -> int | None:
+        """Give Label Studio the new password while both are valid, until nothing of it goes by the old one; the project.
+
+        It saves a backend whole whenever somebody looks at it, so a look that began before brings the old password back, and
+        the next looks go by that. A look takes less than a pause, so each gift finds others than the last.
+        """
+        for _ in range(_GIFTS):
+            project = give_credentials(self._deployment, self._folder)
+            if project is None:
+                return None
+            time.sleep(_PAUSE_SECONDS)  # after the last one, too: what began with the old password still gets in
+        return project
 
     def _demand_sign_in(self) -> int | None:
         """Label Studio gets in with the new password. Whatever wrote the backend meanwhile may have brought the old one back."""

@@ -15,13 +15,14 @@ from rich.table import Table
 from cli import training_job
 from cli.deployment import Deployment
 from cli.training_job import Progress
-from labelloop import auto_accept, problem_types
+from labelloop import auto_accept, drift, problem_types, shadow
 from labelloop.acceptance import Acceptance, acceptance
 from labelloop.auto_accept import AutoAcceptState
 from labelloop.dataset import resolution
 from labelloop.errors import LabelloopError, NotSetUpError
 from labelloop.model_config import ModelFolder
 from labelloop.policy import decide
+from labelloop.promotion import judge_live
 from labelloop.records import (
     METRIC_TITLES,
     Champion,
@@ -40,7 +41,12 @@ from labelloop.records import (
 
 _TAKEOVERS = 3  # shown; --json has all
 _REASONS = 3  # versions whose verdict is explained
-_VERDICTS: dict[Verdict, str] = {"promote": "promote", "keep": "keep", "undecided": "[yellow]undecided[/yellow]"}
+_VERDICTS: dict[Verdict, str] = {
+    "promote": "promote",
+    "keep": "keep",
+    "undecided": "[yellow]undecided[/yellow]",
+    "shadow": "[cyan]in shadow[/cyan]",
+}
 _SMALL = 0.05  # a holdout that tells apart no less than this is warned about
 
 type _Fact = tuple[str, str, str]  # name, text, colour
@@ -91,6 +97,24 @@ class ReviewStatus(msgspec.Struct, kw_only=True):
     settled: int
 
 
+class ShadowStatus(msgspec.Struct, kw_only=True):
+    """A version in shadow beside `champion`: the tasks that both have predicted, those that annotators have answered since."""
+
+    version: int
+    champion: int
+    tasks: int
+    answered: int
+    so_far: str
+
+
+class DriftStatus(msgspec.Struct, kw_only=True):
+    """How far the newest images of the holdout are from those that the champion was measured on: `embedding` and `confidence`,
+    as far as known; 1 is what chance gives."""
+
+    images: int
+    figures: dict[str, float]
+
+
 class NextTraining(msgspec.Struct, kw_only=True):
     """`due_at` is the count of annotations that starts it; `now` whether the next look will."""
 
@@ -133,6 +157,8 @@ class Status(msgspec.Struct, kw_only=True):
     review: ReviewStatus
     auto_accept: AutoAcceptState | None
     accept_from: float | None
+    shadow: ShadowStatus | None
+    drift: DriftStatus | None
     takeovers: list[Takeover]
     last_failure: Failure | None
     failures: list[FailedTraining]
@@ -185,6 +211,8 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
         review=_review(deployment, model),
         auto_accept=work.auto_accept,
         accept_from=_accept_from(deployment, folder, champion),
+        shadow=_shadow(deployment, promotions, champion),
+        drift=_drift(deployment, champion),
         takeovers=deployment.ledger.takeovers(model)[::-1],
         last_failure=head.failure,
         failures=[
@@ -238,6 +266,25 @@ def _review(deployment: Deployment, model: str) -> ReviewStatus:
     return ReviewStatus(open=len(cases) - settled, settled=settled)
 
 
+def _shadow(deployment: Deployment, promotions: list[Promotion], champion: Champion | None) -> ShadowStatus | None:
+    running = shadow.running(promotions, champion)
+    if running is None or running.shadow is None:
+        return None
+    pairs = deployment.ledger.pairs(running.model, running.version)
+    return ShadowStatus(
+        version=running.version,
+        champion=running.shadow.champion.version,
+        tasks=len(pairs),
+        answered=len(shadow.in_order(pairs)),
+        so_far=judge_live(running.shadow, pairs)[1],
+    )
+
+
+def _drift(deployment: Deployment, champion: Champion | None) -> DriftStatus | None:
+    found = deployment.ledger.drift(champion.model, champion.version) if champion else None
+    return DriftStatus(images=len(found.served), figures=found.figures) if found else None
+
+
 def _accept_from(deployment: Deployment, folder: ModelFolder, champion: Champion | None) -> float | None:
     if champion is None or folder.config.auto_accept is None:
         return None
@@ -285,6 +332,10 @@ def show(status: Status, console: Console) -> None:
 def _of_the_model(status: Status) -> Iterator[_Fact]:
     for row in status.versions[-_REASONS:]:
         yield f"version {row.version}", f"{row.verdict}: {row.reason}", ""
+    if status.shadow:
+        seen = f"{status.shadow.tasks:,} tasks predicted by both, {status.shadow.answered:,} answered"
+        beside = f"version {status.shadow.version} beside version {status.shadow.champion}"
+        yield "in shadow", f"{beside}: {seen}; {status.shadow.so_far}", ""
     for takeover in status.takeovers[:_TAKEOVERS]:
         before = f" from version {takeover.before}" if takeover.before else ""
         text = f"version {takeover.version} took over{before}, {moment(takeover.at)} ({takeover.by}: {takeover.reason})"
@@ -308,6 +359,8 @@ def _of_the_work(status: Status) -> Iterator[_Fact]:
         yield "review", f"{status.review.open:,} annotations to look at again, {status.review.settled:,} settled", ""
     if status.auto_accept:
         yield _auto_accept(status.auto_accept, status.accept_from)
+    if status.drift:
+        yield _drifted(status.drift)
     if status.annotations is not None:
         predicted = f"; the champion has predicted {status.predicted:,} of the others" if status.champion else ""
         yield "annotations", f"{status.annotations:,} of {status.tasks:,} tasks{predicted}", ""
@@ -364,6 +417,14 @@ def _auto_accept(state: AutoAcceptState, accept_from: float | None) -> _Fact:
     if accept_from is None:
         return "auto-accept", f"the champion is nowhere as precise as promised, and accepts nothing; {work}", ""
     return "auto-accept", f"from a certainty of {accept_from:.3f}; {work}", ""
+
+
+def _drifted(found: DriftStatus) -> _Fact:
+    if not found.figures:
+        return "drift", f"not measured yet, {found.images:,} of {drift.FEWEST:,} images", ""
+    text = ", ".join(f"{figure:.1f} ({name})" for name, figure in found.figures.items())
+    away = max(found.figures.values()) >= drift.ALARM
+    return "drift", f"{text} over the last {found.images:,} holdout images; 1 is chance", "yellow" if away else ""
 
 
 def points(difference: Interval) -> str:

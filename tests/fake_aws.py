@@ -29,7 +29,7 @@ def refusal(operation: str, code: str, message: str = "", **response: Any) -> Cl
 
 @dataclass
 class FakeDynamoDB:
-    """boto3's client of DynamoDB with the ledger's table (key `model`, `record`) and its conditions on heads and trainings."""
+    """boto3's client of DynamoDB with the ledger's table (key `model`, `record`) and its conditions on what the loop writes."""
 
     items: dict[tuple[str, str], Item] = field(default_factory=dict)
     lock: Any = field(default_factory=Lock)
@@ -38,8 +38,11 @@ class FakeDynamoDB:
         item = self.items.get(_key(Key))
         return {} if item is None else {"Item": dict(item)}
 
-    def put_item(self, *, TableName: str, Item: Item) -> dict[str, Any]:
-        self.items[_key(Item)] = dict(Item)
+    def put_item(self, *, TableName: str, Item: Item, **condition: Any) -> dict[str, Any]:
+        with self.lock:
+            if not self._is_met({"Item": Item, **condition}):
+                raise refusal("PutItem", "ConditionalCheckFailedException")
+            self.items[_key(Item)] = dict(Item)
         return {}
 
     def query(
@@ -76,6 +79,10 @@ class FakeDynamoDB:
                 return True
             case "attribute_not_exists(#record)":
                 return there is None
+            case "attribute_exists(#record) AND attribute_not_exists(#scored)":
+                return there is not None and "scored" not in there
+            case "#verdict = :shadow":
+                return there is not None and there.get("verdict") == put["ExpressionAttributeValues"][":shadow"]
             case "#sequence = :sequence":
                 return there is not None and there.get("sequence") == put["ExpressionAttributeValues"][":sequence"]
             case other:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import batched
@@ -26,6 +26,7 @@ class FakeLabelStudio:
     asked: list[str] = field(default_factory=list)
     titles_lost: int = 0  # renames that another save undoes
     page: int = 3  # tasks
+    clock: Callable[[], datetime] | None = None
     _seen: dict[int, tuple[AnnotatedTask, datetime]] = field(default_factory=dict)
     _hours: int = 0
 
@@ -62,10 +63,11 @@ class FakeLabelStudio:
         return Tally(len(there), annotations, newest)
 
     def _changed_at(self, task: AnnotatedTask) -> datetime:
-        """When a task was first seen as it is: an hour after whatever was seen before."""
+        """When a task was first seen as it is: an hour after whatever was seen before, or as the clock says."""
         if task.id not in self._seen or self._seen[task.id][0] != task:
             self._hours += 1
-            self._seen[task.id] = task, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=self._hours)
+            seen = self.clock() if self.clock else datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=self._hours)
+            self._seen[task.id] = task, seen
         return self._seen[task.id][1]
 
     def find_images(self, project: int, addresses: Sequence[str], data_key: str) -> dict[str, int]:

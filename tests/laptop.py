@@ -187,10 +187,10 @@ def connect(home: Path, patch: pytest.MonkeyPatch) -> Deployment:
 
 @pytest.fixture(scope="session")
 def model_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's digits with fewer annotations to train at, and a second model beside it."""
+    """The repository's digits with fewer annotations to train at, and two models beside it."""
     root = tmp_path_factory.mktemp("model_configs")
     source = ModelConfigs.find()["digits"]
-    for name in ("digits", "numerals"):
+    for name in ("digits", "numerals", "ciphers"):
         folder = root / name
         folder.mkdir()
         for file in ("labeling_template.xml", "model.py"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from labelloop import problem_types
+from labelloop import problem_types, proportions
 from labelloop.records import Comparison, GateRules, ManifestRow, ModelCard, Region
 from training_jobs import paired, problem
 
@@ -44,7 +44,7 @@ def compare(
         per_class=difference.per_class,
         won=won,
         lost=lost,
-        p_value=paired.mcnemar(won, lost) if ours.problem_type == "classification" else None,
+        p_value=proportions.mcnemar(won, lost) if ours.problem_type == "classification" else None,
         needed=paired.needed(difference.total, len(compared), rules.margin, rules.confidence),
     )
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.stats import binomtest, bootstrap, norm, t
 
+from labelloop.proportions import proportion, quantile, together, unseen
 from labelloop.records import Interval, Region
 
 type Floats = NDArray[np.float64]
@@ -49,57 +48,13 @@ def proportions(challenger: NDArray[np.bool_], champion: NDArray[np.bool_], of: 
         challenger=float(challenger.mean()),
         champion=float(champion.mean()),
         total=change(np.full(len(names), fill_value=True), confidence),
-        per_class={name: change(names == name, _together(confidence, len(classes))) for name in classes},
+        per_class={name: change(names == name, together(confidence, len(classes))) for name in classes},
     )
-
-
-def proportion(won: int, lost: int, images: int, confidence: float) -> Interval:
-    """The difference of two paired proportions: the score interval of Tango (Statistics in Medicine 17, 1998, 891-908).
-
-    `won`, `lost`: images that only the one, only the other has right. The interval is right for few of them, and has a
-    width where there is none: ± z² / (images + z²).
-    """
-    z = _z(confidence)
-    return Interval(value=(won - lost) / images, low=_lower(won, lost, images, z), high=-_lower(lost, won, images, z))
-
-
-def _lower(won: int, lost: int, images: int, z: float) -> float:
-    """The least difference that the score test does not reject."""
-    if z == 0:
-        return (won - lost) / images
-    if won == lost == 0:
-        return -unseen(images, z)
-
-    def excess(difference: float) -> float:
-        """The score less what it may be; the share of losses is the likeliest one at this difference."""
-        a = 2 * images
-        b = (2 * images - won + lost) * difference - won - lost
-        c = -lost * difference * (1 - difference)
-        losses = (math.sqrt(max(b * b - 4 * a * c, 0)) - b) / (2 * a)
-        variance = images * (2 * losses + difference * (1 - difference))
-        return won - lost - images * difference - z * math.sqrt(max(variance, 0))
-
-    if lost == images:
-        return -1.0
-    return float(brentq(excess, -1.0, (won - lost) / images - 1e-9))
-
-
-def unseen(images: int, z: float) -> float:
-    """The largest difference that would show in none of so many images (Tango's bound): z² / (images + z²)."""
-    return z * z / (images + z * z)
 
 
 def fewest(margin: float, confidence: float) -> int | None:
     """From how many images on a difference that shows in none of them is surely less than the margin; None where never."""
-    return math.floor(_z(confidence) ** 2 * (1 / margin - 1)) + 1 if margin else None
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """The p-value, two-sided, of McNemar's exact test: whether the two models are equally often right.
-
-    It is the stricter of the two: where it rejects at twice the level of a bound of `proportion`, that bound excludes 0, too.
-    """
-    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return math.floor(quantile(confidence) ** 2 * (1 / margin - 1)) + 1 if margin else None
 
 
 def bootstrapped(
@@ -135,7 +90,7 @@ def bootstrapped(
     seen = [name for name, count in zip(classes, shown[1:], strict=True) if count]
 
     def bounds(value: float, resampled: Floats, count: int, confidence: float) -> Interval:
-        z, aside = _z(confidence), 1 - _expanded(confidence, images)
+        z, aside = quantile(confidence), 1 - _expanded(confidence, images)
         low, high = np.quantile(resampled, (aside, 1 - aside))
         return Interval(
             value=value,
@@ -143,7 +98,7 @@ def bootstrapped(
             high=min(1.0, max(float(high), value + unseen(count, z))),
         )
 
-    levels = [confidence] + [_together(confidence, len(seen))] * len(classes)
+    levels = [confidence] + [together(confidence, len(seen))] * len(classes)
     intervals = [
         bounds(float(value), resampled, count, level)
         for value, resampled, count, level in zip(ours - theirs, found, shown, levels, strict=True)
@@ -170,14 +125,9 @@ def resampled(figures: Figures, images: int, confidence: float) -> Interval:
     both = (1 + confidence) / 2
     random, even = np.random.default_rng(_SEED), np.full(images, 1 / images)
     drawn = [figures(random.multinomial(images, even, _AT_ONCE).astype(np.float64)) for _ in range(_RESAMPLES // _AT_ONCE)]
-    value, aside, hidden = float(figures(np.ones((1, images)))[0, 0]), 1 - _expanded(both, images), unseen(images, _z(both))
+    value, aside, hidden = float(figures(np.ones((1, images)))[0, 0]), 1 - _expanded(both, images), unseen(images, quantile(both))
     low, high = np.nanquantile(np.concatenate(drawn)[:, 0], (aside, 1 - aside))
     return Interval(value=value, low=max(0.0, min(float(low), value - hidden)), high=min(1.0, max(float(high), value + hidden)))
-
-
-def _together(confidence: float, classes: int) -> float:
-    """The confidence of each class's bounds with which all of them hold together (Bonferroni): chance finds some class."""
-    return 1 - (1 - confidence) / max(classes, 1)
 
 
 def _expanded(confidence: float, images: int) -> float:
@@ -199,7 +149,7 @@ def needed(difference: Interval, images: int, margin: float, confidence: float) 
     value, low, high = difference.value, difference.low, difference.high
     if low > -margin or high < 0:
         return None
-    z = _z(confidence)
+    z = quantile(confidence)
     ways = [(value + margin, value - low)] if value > -margin else []
     ways += [(-value, high - value)] if value < 0 else []
     if not ways:  # exactly at the margin of nothing
@@ -209,7 +159,3 @@ def needed(difference: Interval, images: int, margin: float, confidence: float) 
         for distance, spread in ways
     )
     return max(images + 1, math.ceil(enough))
-
-
-def _z(confidence: float) -> float:
-    return NormalDist().inv_cdf(confidence)

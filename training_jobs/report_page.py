@@ -20,6 +20,7 @@ _HEADLINES: dict[Verdict, str] = {
     "promote": "Promote: it takes over",
     "keep": "Keep: the champion goes on serving",
     "undecided": "Undecided: the champion goes on serving",
+    "shadow": "Shadow: it runs unseen beside the champion before it may serve",
 }
 FIGURES: dict[Metric, str] = {"accuracy": "recall", "f1": "F1", "map_50": "average precision"}
 

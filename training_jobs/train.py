@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from labelloop import problem_types
+from labelloop import drift, problem_types
 from labelloop.errors import ConfigError, LabelloopError
 from labelloop.inference import Model
 from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
@@ -94,7 +94,7 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
         train_split, holdout = (
             embeddings_of(served, pixels) if int8.chosen else embed(trained, config.problem_type, pixels) for pixels in parts
         )
-        challenger = stamp(job.onnx, inform(calibrated.card, unseen, train_split, config))
+        challenger = stamp(job.onnx, inform(calibrated.card, unseen, train_split, holdout, config))
         saved = labels_saved(data.train.rows, train_split, data.test.rows, holdout, config)
         evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity, int8, probing)
         phases.begin("record")
@@ -191,14 +191,16 @@ def predict_unseen(
     return Unseen(rows, found)
 
 
-def inform(card: ModelCard, unseen: Unseen, train_split: Embeddings, config: ModelConfig) -> ModelCard:
-    """The card with what the queue goes by: how certain the model is as a rule, and what kinds of images there are."""
-    accept = config.auto_accept
+def inform(card: ModelCard, unseen: Unseen, train_split: Embeddings, holdout: Embeddings, config: ModelConfig) -> ModelCard:
+    """The card with what the queue goes by: how certain the model is as a rule, and what kinds of images there are; and with
+    what images that come later are compared with."""
+    accept, certainty = config.auto_accept, problem_types.of(card.problem_type).certainty
     return msgspec.structs.replace(
         card,
         certainties=calibration.certainties(card.problem_type, unseen.of("validation", "test"), card),
         centroids=centroids(train_split, config.queue.clusters, config.hyperparameters.seed),
         accept_from=accept_from(unseen.rows, unseen.candidates, accept.precision, card) if accept else None,
+        drift=drift.reference(holdout, [certainty(found, card) for found in unseen.of("test")]),
     )
 
 

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger
+from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -52,7 +53,12 @@ def prelabel(record: SQSRecord) -> None:
     except LabelloopError as error:
         logger.error("comes again", model=tasks.model, reason=str(error), error=type(error).__name__)
         raise
-    logger.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome=vars(outcome))
+    drift = outcome.drift.figures if outcome.drift else {}
+    if drift:
+        with single_metric(name="Drift", unit=MetricUnit.NoUnit, value=max(drift.values())):
+            pass
+    told = {**vars(outcome), "drift": drift}
+    logger.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome=told)
 
 
 @logger.inject_lambda_context

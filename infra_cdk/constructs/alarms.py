@@ -28,6 +28,8 @@ class AlarmTopic(sns.Topic):
                 conditions={"StringEquals": {"aws:SourceAccount": cdk.Aws.ACCOUNT_ID}},
             )
         )
+        # EventBridge takes no conditions here; its rules reach topics of their own account only.
+        self.grant_publish(iam.ServicePrincipal("events.amazonaws.com"))
         if stage.facts.alarms_email:
             self.add_subscription(subscriptions.EmailSubscription(stage.facts.alarms_email))
 
@@ -48,9 +50,13 @@ class OperatorAlarm(cloudwatch.Alarm):
             comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
             treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
         )
-        # By its name: the topic lies in the state stack, and an export would tie the stacks together.
-        arn = cdk.Stack.of(self).format_arn(service="sns", resource=_topic_name(stage))
-        self.add_alarm_action(actions.SnsAction(sns.Topic.from_topic_arn(self, "Topic", arn)))
+        self.add_alarm_action(actions.SnsAction(alarm_topic(self, stage=stage)))
+
+
+def alarm_topic(scope: Construct, *, stage: Stage) -> sns.ITopic:
+    """By its name: it lies in the state stack, and an export would tie the stacks together."""
+    arn = cdk.Stack.of(scope).format_arn(service="sns", resource=_topic_name(stage))
+    return sns.Topic.from_topic_arn(scope, "Topic", arn)
 
 
 def _topic_name(stage: Stage) -> str:

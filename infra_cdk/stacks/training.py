@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import aws_cdk as cdk
+from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_events as events
 from aws_cdk import aws_events_targets as targets
 from aws_cdk import aws_iam as iam
@@ -12,7 +13,7 @@ from aws_cdk import aws_lambda as lambda_
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
-from infra_cdk.constructs.alarms import OperatorAlarm
+from infra_cdk.constructs.alarms import RUNBOOK, OperatorAlarm, alarm_topic
 from infra_cdk.constructs.grants import (
     allow,
     allow_ledger,
@@ -32,6 +33,8 @@ from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environ
 from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stage import Stage
+from labelloop import drift
+from labelloop.launcher import NO_MACHINE
 from labelloop.retrain import TRAINING_FAILED
 
 
@@ -79,15 +82,6 @@ class TrainingStack(cdk.Stack):
             filter_pattern=logs.FilterPattern.string_value("$.message", "=", TRAINING_FAILED),
             metric_namespace=stage.prefix,
             metric_name="TrainingsFailed",
-        )
-        OperatorAlarm(
-            self,
-            "TrainingsFailed",
-            stage=stage,
-            says="a training job failed; the models that serve go on",
-            runbook="trainings-failed",
-            metric=self.trainings_failed.metric(period=cdk.Duration.minutes(5), statistic="Sum"),
-            threshold=1,
         )
 
     def _add_ingest(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
@@ -191,6 +185,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 "LABELLOOP_PRELABEL_QUEUE": worker.queue.queue_url,
+                "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 **label_studio_environment(self._stage),
                 **INFERENCE_THREADS,
             },
@@ -198,9 +193,24 @@ class TrainingStack(cdk.Stack):
         )
         allow_reading_objects(role, self._state.images, "images/")
         allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
-        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # audits
+        allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")  # audits, versions in shadow, drift
         allow_reading_label_studio_secret(role, stage=self._stage)
         allow(role, "sqs:SendMessage", on=worker.queue.queue_arn)  # to look again at what somebody may have open
+        OperatorAlarm(
+            self,
+            "Drift",
+            stage=self._stage,
+            says="the newest images are not like those that a version was measured on: labelloop status says how",
+            runbook="drift",
+            metric=cloudwatch.Metric(
+                namespace=self._stage.prefix,
+                metric_name="Drift",
+                dimensions_map={"service": "prelabel"},
+                period=cdk.Duration.minutes(5),
+                statistic="Maximum",
+            ),
+            threshold=drift.ALARM,
+        )
 
     def _function(
         self,
@@ -264,6 +274,29 @@ class TrainingStack(cdk.Stack):
                     promote.queue,
                     message=events.RuleTargetInput.from_object({"model": model, "job_name": field("$.detail.TrainingJobName")}),
                 ),
+            ],
+        )
+        events.Rule(
+            self,
+            "TrainingFailed",
+            description="tells the operator at once, as an alarm would for ten cents a month",
+            event_pattern=events.EventPattern(
+                source=self._stage.training_event_sources,
+                detail_type=["SageMaker Training Job State Change"],
+                detail={
+                    "TrainingJobStatus": ["Failed"],
+                    "TrainingJobName": events.Match.prefix(self._stage.job_prefix),
+                    "FailureReason": events.Match.anything_but_prefix(NO_MACHINE),  # that one comes again by itself
+                },
+            ),
+            targets=[
+                targets.SnsTopic(
+                    alarm_topic(self, stage=self._stage),
+                    message=events.RuleTargetInput.from_text(
+                        f"The training job {field('$.detail.TrainingJobName')} failed: {field('$.detail.FailureReason')} "
+                        f"What to do: {RUNBOOK}#trainings-failed"
+                    ),
+                )
             ],
         )
         events.Rule(

@@ -20,6 +20,8 @@ from labelloop.acceptance import Acceptance
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError, UnknownModelError
 from labelloop.ledger import Ledger
+from labelloop.prelabel import Prelabelled
+from labelloop.records import Drift
 from labelloop.retrain import Outcome
 from tests import examples
 from tests.examples import LambdaContext, sqs_event
@@ -509,3 +511,23 @@ def test_prelabel_looks_again_later_at_what_somebody_may_have_open(
     assert [region["value"]["choices"] for request in written for region in request.json["result"]] == [["4"]] * 2
     attributes = boto3.client("sqs").get_queue_attributes(QueueUrl=prelabel_queue, AttributeNames=["All"])["Attributes"]
     assert attributes["ApproximateNumberOfMessagesDelayed"] == "1"
+
+
+def test_prelabel_counts_drift_where_there_is_any(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("POWERTOOLS_METRICS_NAMESPACE", "labelloop-test")
+    monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "prelabel")
+    handler = examples.load_handler("prelabel")
+
+    def drifts(drift: Drift | None) -> list[float]:
+        monkeypatch.setattr(handler, "prelabeller", lambda: lambda _: Prelabelled(drift=drift))
+        answer = handler.handler(sqs_event({"model": "digits", "after": 0, "upto": 9}), LambdaContext())
+        assert failures(answer) == []
+        found = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if "_aws" in line]
+        for line in found:
+            (metrics,) = line["_aws"]["CloudWatchMetrics"]
+            assert (metrics["Namespace"], metrics["Dimensions"], line["service"]) == ("labelloop-test", [["service"]], "prelabel")
+        return [value for line in found for value in line["Drift"]]
+
+    assert drifts(None) == drifts(Drift(served=[])) == []
+    assert drifts(Drift(served=[], embedding=1.5, confidence=None)) == [1.5]
+    assert drifts(Drift(served=[], embedding=1.5, confidence=7.0)) == [7.0]

@@ -363,7 +363,7 @@ class Worker:
 
     def __call__(self, message: Any) -> Any:
         self.good += 77 in (getattr(message, "version", 0), getattr(message, "after", 0))
-        return SimpleNamespace(unsettled=0)
+        return SimpleNamespace(unsettled=0, drift=None)
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ def test_every_alarm_is_told_by_the_stages_topic(prod: Templates) -> None:
     subscription = prod.state.only("SNS::Subscription")["Properties"]
     assert (subscription["Protocol"], subscription["Endpoint"]) == ("email", "operators@example.org")
     statements = prod.state.only("SNS::TopicPolicy")["Properties"]["PolicyDocument"]["Statement"]
-    (allowed,) = (statement for statement in statements if statement["Effect"] == "Allow")
+    allowed, rules = (statement for statement in statements if statement["Effect"] == "Allow")
+    assert rules["Principal"] == {"Service": "events.amazonaws.com"}
     assert allowed["Principal"] == {"Service": "cloudwatch.amazonaws.com"}
     assert allowed["Condition"] == {"StringEquals": {"aws:SourceAccount": {"Ref": "AWS::AccountId"}}}
 
@@ -66,9 +67,18 @@ def test_a_failed_training_is_found_in_retrains_log(prod: Templates) -> None:
     assert found["LogGroupName"] == retrain["LoggingConfig"]["LogGroup"]
     assert found["FilterPattern"] == f'{{ $.message = "{TRAINING_FAILED}" }}'
     (metric,) = found["MetricTransformations"]
-    alarm = prod.training.only("CloudWatch::Alarm", MetricName="TrainingsFailed")["Properties"]
-    assert (alarm["Namespace"], alarm["Threshold"]) == (metric["MetricNamespace"], 1)
-    assert "Dimensions" not in alarm
+    assert (metric["MetricNamespace"], metric["MetricName"]) == ("labelloop-prod", "TrainingsFailed")
+
+
+def test_a_failed_training_is_told_to_the_operator(prod: Templates) -> None:
+    rules = prod.training.of_type("Events::Rule").values()
+    (rule,) = (one["Properties"] for one in rules if "sns" in flat(one["Properties"].get("Targets")))
+    assert rule["EventPattern"]["detail"] == {
+        "TrainingJobStatus": ["Failed"],
+        "TrainingJobName": [{"prefix": "labelloop-prod-"}],
+        "FailureReason": [{"anything-but": {"prefix": "CapacityError"}}],
+    }
+    assert "docs/operations.md#trainings-failed" in flat(rule["Targets"])
 
 
 def test_the_dashboard_shows_what_a_stage_does(prod: Templates) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from labelloop import drift
 from labelloop.redelivery import delay
 from tests.infra.templates import Resource, Template, Templates, context_of, flat, synthesize
 
@@ -96,6 +97,15 @@ def test_queues_are_encrypted_and_refuse_what_comes_without_tls(either: Template
         # Only this stage's rules may send from EventBridge.
         allowed = [s for s in statements if s["Effect"] == "Allow"]
         assert all("aws:SourceArn" in json.dumps(s["Condition"]) for s in allowed)
+
+
+def test_drift_raises_an_alarm(either: Templates) -> None:
+    variables = either.training.functions["prelabel"]["Properties"]["Environment"]["Variables"]
+    alarm = either.training.only("CloudWatch::Alarm", MetricName="Drift")["Properties"]
+    assert alarm["Namespace"] == variables["POWERTOOLS_METRICS_NAMESPACE"] == f"labelloop-{variables['LABELLOOP_STAGE']}"
+    assert alarm["Dimensions"] == [{"Name": "service", "Value": variables["POWERTOOLS_SERVICE_NAME"]}]
+    assert (alarm["Statistic"], alarm["Threshold"], alarm["TreatMissingData"]) == ("Maximum", drift.ALARM, "notBreaching")
+    assert alarm["ComparisonOperator"] == "GreaterThanOrEqualToThreshold"
 
 
 def test_an_uploaded_image_goes_to_ingest_as_it_is(either: Templates) -> None:

@@ -224,6 +224,7 @@ class Works:
             again = function.invoke(message)
             return first == again == {"batchItemFailures": []} and champions.read(self._model) is not None
         finally:
+            self._forget(f"promotion#{verdict.job_name}")
             self._deployment.ledger.record_promotion(verdict)
             champions.swap(champion, tag=champions.read_tagged(self._model)[1])
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torchmetrics.detection import MeanAveragePrecision
 
+from labelloop import proportions
 from labelloop.records import BoxRules, Comparison, GateRules, ManifestRow, ModelCard, ProblemTypeName, Region
 from tests import examples
 from training_jobs import paired, problem
@@ -78,17 +79,17 @@ def score(won: int, lost: int, images: int, difference: float) -> float:
 
 @pytest.mark.parametrize(("won", "lost", "images"), [(1, 0, 44), (12, 3, 50), (3, 12, 400), (40, 1, 60), (5, 5, 20)])
 def test_the_interval_is_where_the_score_test_begins_to_reject(won: int, lost: int, images: int) -> None:
-    found = paired.proportion(won, lost, images, 0.95)
+    found = proportions.proportion(won, lost, images, 0.95)
     assert found.value == (won - lost) / images
     assert score(won, lost, images, found.low) == pytest.approx(1.645, abs=2e-3)
     assert score(won, lost, images, found.high) == pytest.approx(-1.645, abs=2e-3)
 
 
 def test_where_no_image_differs_there_is_still_an_interval() -> None:
-    found = paired.proportion(0, 0, 133, 0.95)
+    found = proportions.proportion(0, 0, 133, 0.95)
     assert [found.low, found.high] == pytest.approx([-2.7055 / 135.7055, 2.7055 / 135.7055], rel=1e-4)
     for won, lost in ((30, 0), (0, 30)):
-        all_differ = paired.proportion(won, lost, 30, 0.95)
+        all_differ = proportions.proportion(won, lost, 30, 0.95)
         assert -1 <= all_differ.low <= all_differ.value <= all_differ.high <= 1
 
 
@@ -96,13 +97,13 @@ def test_accuracy_is_compared_image_by_image() -> None:
     found = decided("a a a a b b c c", "a a b a b b c a", "a b a b b b c a")
     assert (found.images, found.challenger, found.champion) == (8, 6 / 8, 5 / 8)
     assert (found.won, found.lost) == (2, 1)
-    assert found.difference == paired.proportion(2, 1, 8, 0.95)
+    assert found.difference == proportions.proportion(2, 1, 8, 0.95)
     assert found.p_value == 1.0
     together = 1 - 0.05 / 3  # the three bounds hold at once
     assert found.per_class == {
-        "a": paired.proportion(2, 1, 4, together),
-        "b": paired.proportion(0, 0, 2, together),
-        "c": paired.proportion(0, 0, 2, together),
+        "a": proportions.proportion(2, 1, 4, together),
+        "b": proportions.proportion(0, 0, 2, together),
+        "c": proportions.proportion(0, 0, 2, together),
     }
 
 
@@ -135,11 +136,11 @@ def test_without_a_class_or_an_image_in_common_there_is_no_comparison(
     [(0, 0, 20, 133), (0, 0, 133, None), (9, 0, 100, None), (5, 5, 100, 677), (2, 4, 100, 403)],
 )
 def test_how_many_images_would_decide(won: int, lost: int, images: int, needed: int | None) -> None:
-    found = paired.needed(paired.proportion(won, lost, images, 0.95), images, margin=0.02, confidence=0.95)
+    found = paired.needed(proportions.proportion(won, lost, images, 0.95), images, margin=0.02, confidence=0.95)
     assert found == (None if needed is None else pytest.approx(needed, rel=0.35))
     if needed is not None and won != 2:
         assert found is not None
-        more = paired.proportion(round(won * found / images), round(lost * found / images), found, 0.95)
+        more = proportions.proportion(round(won * found / images), round(lost * found / images), found, 0.95)
         assert paired.needed(more, found, margin=0.02, confidence=0.95) is None
 
 
@@ -232,7 +233,7 @@ def test_a_bootstrap_does_not_believe_that_what_it_has_not_seen_cannot_be(kind: 
     truths = [[Region(label="a", box=(0.1, 0.1, 0.5, 0.5), score=0.9)]] * 30
     found = compare(rows(truths), truths, truths, card(ABC, kind), card(ABC, kind), RULES)
     assert found is not None
-    assert found.difference == found.per_class["a"] == paired.proportion(0, 0, 30, 0.95)
+    assert found.difference == found.per_class["a"] == proportions.proportion(0, 0, 30, 0.95)
     assert found.needed == 133
 
 

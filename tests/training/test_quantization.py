@@ -16,6 +16,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch import nn
 
+from labelloop import proportions
 from labelloop.inference import Model
 from labelloop.model_config import ModelConfig, Promotion, Serving
 from labelloop.records import Evaluation, Int8, ManifestRow, ModelCard, ProblemTypeName, Region, Split
@@ -259,7 +260,7 @@ def test_a_network_that_takes_long_runs_less_often(monkeypatch: pytest.MonkeyPat
 def test_so_many_images_are_needed_where_none_differs(margin: float) -> None:
     fewest = paired.fewest(margin, 0.95)
     assert fewest is not None
-    assert paired.proportion(0, 0, fewest, 0.95).low > -margin >= paired.proportion(0, 0, fewest - 1, 0.95).low
+    assert proportions.proportion(0, 0, fewest, 0.95).low > -margin >= proportions.proportion(0, 0, fewest - 1, 0.95).low
 
 
 def test_a_job_serves_int8_and_says_so(

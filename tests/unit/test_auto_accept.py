@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import onnx as onnx_file
 import pytest
 from onnx import helper
@@ -30,6 +31,7 @@ from tests import examples
 RULES = AutoAccept(precision=0.99, audit=0.2)
 CARD = msgspec.structs.replace(examples.model_card(), accept_from=0.9)
 PROJECT = 1
+NOWHERE = np.zeros(1, np.float32)  # an embedding
 
 
 @dataclass
@@ -67,7 +69,7 @@ def task(number: int) -> PredictTask:
 
 def says(number: int, label: str = "1", certainty: float = 0.95) -> tuple[PredictTask, Predicted]:
     result = [{"from_name": "digit", "to_name": "image", "type": "choices", "value": {"choices": [label]}}]
-    return task(number), Predicted([Region(label=label, score=certainty)], result, certainty, Place(certainty, None))
+    return task(number), Predicted([Region(label=label, score=certainty)], result, certainty, Place(certainty, None), NOWHERE)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from threading import Event, Lock
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 from botocore.exceptions import EndpointConnectionError, ReadTimeoutError
 
@@ -30,6 +31,7 @@ SECONDS = 29.0
 QUEUED_ENTRY = msgspec.to_builtins(QUEUED)
 
 Invoke = Callable[[Part], Any]
+NOWHERE = np.zeros(1, np.float32)  # an embedding
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Model:
 
     def _predicted(self, number: Any) -> Predicted:
         result = [{"type": "choices", "value": {"choices": ["ü"]}}] * self.boxes
-        return Predicted([], result, 0.5, Place(number / 1000 if isinstance(number, int) else 0.5, None))
+        return Predicted([], result, 0.5, Place(number / 1000 if isinstance(number, int) else 0.5, None), NOWHERE)
 
 
 @dataclass

@@ -88,7 +88,7 @@ class Traced:
         )
         return Lineage(cast(Any, deployment), DIGITS)
 
-    def train(self, version: int, tasks: list[AnnotatedTask]) -> Job:
+    def train(self, version: int, tasks: list[AnnotatedTask], **decided: Any) -> Job:
         self.label_studio.annotated = tasks
         uri = f"s3://{self.artifacts.name}/{artifacts.manifest_key('digits', '{digest}')}"
         snapshot, manifest = snapshot_index.freeze(tasks, DIGITS.config, DIGITS.label_config, uri)
@@ -96,7 +96,7 @@ class Traced:
         job = msgspec.structs.replace(examples.job(f"job-{version}", snapshot.n_annotations, snapshot.digest), snapshot=snapshot)
         head = self.ledger.claim(self.ledger.head("digits"), job)
         self.ledger.finish(head, head, Training(job=job, status="completed", ended_at=NOON))
-        self.ledger.record_promotion(promotion(version))
+        self.ledger.record_promotion(promotion(version, **decided))
         return job
 
 
@@ -136,8 +136,8 @@ def said(found: Answer) -> str:
 
 
 def test_a_version_knows_its_job_snapshot_annotations_and_takeovers(traced: Traced) -> None:
-    job = traced.train(1, [annotated(number) for number in range(1, 6)])
-    traced.ledger.record_promotion(promotion(1, difference=Interval(value=0.03, low=-0.01, high=0.07)))
+    difference = Interval(value=0.03, low=-0.01, high=0.07)
+    job = traced.train(1, [annotated(number) for number in range(1, 6)], difference=difference)
     traced.ledger.record_takeover(
         Takeover(model="digits", version=1, before=None, by="gate", reason="the first", at="2026-01-01T12:00:01.000+00:00")
     )

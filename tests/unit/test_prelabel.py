@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import boto3
 import msgspec
+import numpy as np
+import onnx
 import pytest
 
-from labelloop import artifacts
+from labelloop import artifacts, drift, shadow
 from labelloop.artifacts import Bucket, Champions, s3_uri
 from labelloop.errors import LabelStudioError, ServiceError, StorageError
 from labelloop.label_studio.client import StoredPrediction, StoredTask
@@ -23,7 +25,7 @@ from labelloop.ledger import Ledger
 from labelloop.predict import Predictor, TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabelled, Prelabeller
 from labelloop.prelabel_queue import RANGE, PrelabelQueue, asked_ranges, unlabelled_ranges
-from labelloop.records import TaskRange
+from labelloop.records import GateRules, Promotion, Shadow, TaskRange
 from tests import examples
 
 RANGE_OF_ALL = TaskRange(model="digits", after=0, upto=1000)
@@ -33,6 +35,7 @@ RANGE_OF_ALL = TaskRange(model="digits", after=0, upto=1000)
 class Task:
     image: str
     group: str
+    sha256: str = ""
     predictions: list[StoredPrediction] = field(default_factory=list)
     begun: bool = False  # annotated, skipped, or with a draft
 
@@ -71,14 +74,20 @@ class LabelStudio:
 
     def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[StoredTask]:
         return [
-            StoredTask(PredictTask(number, {"image": task.image}, {"group": task.group}), list(task.predictions))
+            StoredTask(
+                PredictTask(number, {"image": task.image}, {"group": task.group, "sha256": task.sha256}), list(task.predictions)
+            )
             for number, task in self.tasks.items()
             if after < number <= upto and not task.begun
         ]
 
     def tasks_with_ids(self, project: int, tasks: Sequence[int]) -> list[StoredTask]:
         return [
-            StoredTask(PredictTask(number, {"image": task.image}, {"group": task.group}), list(task.predictions), task.begun)
+            StoredTask(
+                PredictTask(number, {"image": task.image}, {"group": task.group, "sha256": task.sha256}),
+                list(task.predictions),
+                task.begun,
+            )
             for number, task in self.tasks.items()
             if number in tasks
         ]
@@ -292,6 +301,120 @@ def test_the_live_answer_has_the_same_score_and_gets_its_cluster_afterwards(worl
     [stored] = world.label_studio.tasks[task].predictions
     assert stored.score == pytest.approx(answer["score"])
     assert stored.cluster is None
+
+
+# Versions in shadow, and drift
+
+
+def into_shadow(world: World, version: int, onnx: bytes) -> Promotion:
+    """Let a version run in shadow beside the champion."""
+    world.artifacts.put(artifacts.onnx_key("digits", version), onnx)
+    champion = world.champions.read("digits")
+    assert champion is not None
+    rules = GateRules(margin=0.02, class_floor=0.1, confidence=0.95, shadow=20)
+    return world.ledger.record_promotion(
+        Promotion(
+            model="digits",
+            job_name=f"job-{version}",
+            version=version,
+            verdict="shadow",
+            reason="better",
+            metric="accuracy",
+            value=0.9,
+            holdout_images=20,
+            n_annotations=200,
+            decided_at="2026-01-01",
+            shadow=Shadow(challenger=examples.champion(version, onnx), champion=champion, rules=rules),
+        )
+    )
+
+
+def with_card(onnx_file: bytes, **changes: Any) -> bytes:
+    made = onnx.load_from_string(onnx_file)
+    onnx.helper.set_model_props(
+        made, {"labelloop": msgspec.json.encode(msgspec.structs.replace(examples.model_card(), **changes)).decode()}
+    )
+    return bytes(made.SerializeToString())
+
+
+def held_out(world: World, count: int) -> list[int]:
+    """So many tasks of the holdout, and as many others between them; the former's ids."""
+    found: list[int] = []
+    salt = 0
+    while len(found) < count:
+        salt += 1
+        data = examples.png(salt % 10, salt=salt)
+        task = world.label_studio.add(world.image(f"n{salt}", data))
+        there = world.label_studio.tasks[task]
+        there.group = there.sha256 = examples.sha256(data)
+        if shadow.counts(there.group, examples.DIGITS):
+            found.append(task)
+    return found
+
+
+def test_a_version_in_shadow_is_asked_about_the_holdout_and_shown_to_nobody(world: World) -> None:
+    world.promote(1)
+    backwards = with_card(examples.brightness_model(), classes=list(reversed(examples.DIGITS.classes)))
+    into_shadow(world, 2, backwards)
+    tasks = held_out(world, 4)
+    assert len(world.label_studio.tasks) > 4
+    assert world.work().in_shadow == 4
+    pairs = {pair.task: pair for pair in world.ledger.pairs("digits", 2)}
+    assert sorted(pairs) == tasks
+    for pair in pairs.values():
+        assert (pair.version, pair.champion, pair.scored) == (2, 1, None)
+        assert int(pair.says[0].label) == 9 - int(pair.champion_says[0].label)
+        assert pair.sha256 == world.label_studio.tasks[pair.task].sha256
+    shown = {stored.made_by for task in world.label_studio.tasks.values() for stored in task.predictions}
+    assert shown == {"digits v1"}
+    world.work()
+    assert {pair.task: pair for pair in world.ledger.pairs("digits", 2)} == pairs, "a second delivery changes nothing"
+
+
+def test_tasks_that_somebody_has_begun_tell_nothing_of_a_version_in_shadow(world: World) -> None:
+    world.promote(1)
+    into_shadow(world, 2, examples.brightness_model())
+    (task,) = held_out(world, 1)
+    world.label_studio.tasks[task].begun = True
+    (message,) = asked_ranges("digits", [task])
+    assert world.work(message).in_shadow == 0
+    assert world.ledger.pairs("digits", 2) == []
+
+
+def test_a_damaged_version_in_shadow_keeps_nobody_waiting(world: World) -> None:
+    world.promote(1)
+    into_shadow(world, 2, b"no model")
+    tasks = held_out(world, 2)
+    assert world.work().in_shadow == 0
+    assert all(world.label_studio.versions(task)[0][1] == "digits v1" for task in tasks)
+    assert [message for message, _ in world.logged] == ["not run in shadow"]
+
+
+def test_nobody_is_asked_once_another_version_serves(world: World) -> None:
+    world.promote(1)
+    into_shadow(world, 2, examples.brightness_model())
+    world.promote(3)
+    held_out(world, 2)
+    assert world.work().in_shadow == 0
+    assert world.ledger.pairs("digits", 2) == []
+
+
+def test_drift_is_that_of_the_holdouts_newest_images(world: World) -> None:
+    """The model sees brightness alone; it was measured on images that are a third as bright."""
+    brightness = np.random.default_rng(0).uniform(0, 80, (60, 1)).astype(np.float32)
+    against = drift.reference(brightness, [0.5] * 60)
+    file = with_card(examples.brightness_model(), drift=against)
+    world.artifacts.put(artifacts.onnx_key("digits", 1), file)
+    world.champions.swap(examples.champion(1, file), tag=None)
+    tasks = held_out(world, drift.FEWEST)
+    outcome = world.work()
+    found = world.ledger.drift("digits", 1)
+    assert outcome.drift == found
+    assert found is not None
+    assert [one.task for one in found.served] == tasks
+    assert (found.embedding or 0) > drift.ALARM
+    world.work()
+    assert world.ledger.drift("digits", 1) == found
 
 
 # Tasks that somebody asked predictions of

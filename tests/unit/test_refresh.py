@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import LabelStudioError, NotSetUpError
 from labelloop.ledger import Ledger
-from labelloop.records import TaskRange, VersionJudged
+from labelloop.records import Promotion, Shadow, TaskRange, VersionJudged
 from labelloop.refresh import Refreshed, Refresher
 from tests import examples
 from tests.fake_label_studio import FakeLabelStudio
@@ -60,6 +61,32 @@ def refreshed(champions: Champions, ledger: Ledger, label_studio: LabelStudio, v
     password_of = {"digits": "the password"}.get
     refresh = Refresher(examples.CONFIGS, champions, ledger, cast(Any, label_studio), cast(Any, queue), password_of)
     return refresh(VersionJudged(model="digits", version=version))
+
+
+def test_a_version_in_shadow_has_them_predicted_too_and_its_title_is_the_champions(
+    champions: Champions, ledger: Ledger, label_studio: LabelStudio
+) -> None:
+    first = examples.champion(1)
+    champions.swap(first, tag=None)
+    label_studio.unlabelled = [1, 2]
+    begun = Promotion(
+        model="digits",
+        job_name="job-2",
+        version=2,
+        verdict="shadow",
+        reason="better",
+        metric="accuracy",
+        value=0.9,
+        holdout_images=20,
+        n_annotations=200,
+        decided_at="2026-01-01",
+        shadow=Shadow(challenger=examples.champion(2), champion=first, rules=examples.DIGITS.gate),
+    )
+    assert refreshed(champions, ledger, label_studio, 2, Queue()) == Refreshed("digits v1", 0, 0)
+    ledger.record_promotion(begun)
+    assert refreshed(champions, ledger, label_studio, 2, Queue()) == Refreshed("digits v1", 1, 0)
+    ledger.end_shadow(msgspec.structs.replace(begun, verdict="keep"))
+    assert refreshed(champions, ledger, label_studio, 2, Queue()) == Refreshed("digits v1", 0, 0)
 
 
 def run(champions: Champions, ledger: Ledger, label_studio: LabelStudio) -> str:

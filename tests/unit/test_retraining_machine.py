@@ -26,15 +26,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cli import takeover
 from cli.deployment import Deployment
-from labelloop import artifacts, launcher, promotion, retrain, snapshot_index
+from labelloop import artifacts, launcher, promotion, retrain, shadow, snapshot_index
 from labelloop.artifacts import Champions
 from labelloop.errors import LabelloopError, LabelStudioError, RegistryError, ServiceError, StorageError
 from labelloop.launcher import Launcher, job_name, training_request
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig, Retrain
 from labelloop.policy import decide
-from labelloop.promotion import Promoter, judge
-from labelloop.records import Champion, Evaluation, Head, Job, Promotion, Training
+from labelloop.promotion import Promoter, judge, judge_live
+from labelloop.records import Champion, Evaluation, GateRules, Head, Job, Promotion, Region, ShadowPair, Training, Verdict, now
 from labelloop.retrain import ASKED, Reconciler
 from labelloop.settings import Settings
 from tests import examples
@@ -160,6 +160,8 @@ class WatchedBucket(FakeBucket):
     def __init__(self) -> None:
         super().__init__()
         self.served: list[int] = []  # every version that the pointer has named, in turn
+        self.by_gate: set[int] = set()  # of these whom the gate let serve
+        self.ledger: Ledger | None = None
 
     def put(self, key: str, data: bytes) -> None:
         before = self.pointer
@@ -171,9 +173,23 @@ class WatchedBucket(FakeBucket):
         demand(after.before == (before.version if before else None), f"{after} took over from another than {before}")
         if after.by == "gate":
             demand(after.version not in self.served, f"the gate brought version {after.version} back")
+            self.by_gate.add(after.version)
             verdict, reason = judge(self.report(after.version), after.before)
+            if verdict == "shadow":
+                verdict, reason = self._live_verdict(after.version, before)
             demand(verdict == "promote", f"{after} serves although: {reason}")
         self.served.append(after.version)
+
+    def _live_verdict(self, version: int, before: Champion | None) -> tuple[Verdict, str]:
+        """What annotators' answers say of a version that ran in shadow beside `before`."""
+        assert self.ledger is not None
+        found = [one for one in self.ledger.promotions(MODEL).values() if one.version == version and one.shadow]
+        demand(bool(found), f"version {version} serves and never ran in shadow")
+        running = found[0].shadow
+        assert running is not None
+        demand(running.champion == before, f"version {version} ran beside {running.champion}, not {before}")
+        verdict, reason, _ = judge_live(running, self.ledger.pairs(MODEL, version))
+        return verdict, reason
 
     @property
     def pointer(self) -> Champion | None:
@@ -242,6 +258,8 @@ class Outbox:
 COPIES = st.integers(0, 2)  # of a message: lost, sent, sent twice
 ACCURACIES = st.sampled_from([0.5, 0.7, 0.9])
 ARCHIVES = st.sampled_from(["sound", "sound", "sound", "another model file", "another job's", "damaged", "missing"])
+SHADOWS = st.sampled_from([0, 0, 1, 2])  # annotated tasks that decide about a version in shadow
+SAYS = st.lists(st.sampled_from(["11", "12", "12", "21", "22"]), min_size=1, max_size=4)  # both versions' labels, task by task
 SPREADS = st.sampled_from([0.01, 0.3])  # of the difference of two
 PICKS = st.integers(0, 5)
 CALLS = st.one_of(st.just(99), st.integers(0, 16))  # that an invocation does before it is left waiting
@@ -262,6 +280,8 @@ class RetrainingMachine(RuleBasedStateMachine):
         self.bucket, self.registry, self.label_studio, self.outbox = WatchedBucket(), FakeRegistry(), FakeLabelStudio(), Outbox()
         self.ledger = Ledger("ledger", dynamodb)  # of the test; the code has one with a wire
         self.sagemaker = WatchedSageMaker(self.bucket, self.ledger)
+        self.bucket.ledger = self.ledger
+        self.label_studio.clock = lambda: Clock.moment
         self.ledger.set_project(MODEL, 1)
 
         bucket: Any = wired(self.bucket, StorageError("S3 does not answer"))
@@ -283,9 +303,10 @@ class RetrainingMachine(RuleBasedStateMachine):
         self.deployment = Deployment("local")
         vars(self.deployment).update(artifacts=bucket, ledger=ledger, registry=registry, outputs={"EventBus": "bus"})
         self.events = wired(self.outbox, TIMED_OUT)
+        self.wired_ledger = ledger
 
         self.going_on: list[Invocation] = []
-        self.numbers = count(1)  # of tasks
+        self.last_task = 0
         self.edition = 0  # of the annotations
         self.asked_for: int | None = None  # the edition that Start Training was last pressed for, and heard
         self.accuracies: dict[int, float] = {}  # by version
@@ -294,7 +315,7 @@ class RetrainingMachine(RuleBasedStateMachine):
     @initialize(turns=st.integers(0, 3))
     def begin(self, turns: int) -> None:
         for _ in range(turns):
-            self.turn("sound", 0.9, 0.01, None, 99)
+            self.turn("sound", 0.9, 0.01, 0, ["11"], None, 99)
 
     @precondition(lambda self: len(self.label_studio.annotated) < MANY and len(self.going_on) < 3)
     @rule(fault=FAULTS, calls=CALLS)
@@ -305,15 +326,26 @@ class RetrainingMachine(RuleBasedStateMachine):
         self._begin(self._reconcile([], fault, []), calls)
 
     @precondition(lambda self: len(self.label_studio.annotated) < MANY and len(self.going_on) < 2)
-    @rule(archive=ARCHIVES, accuracy=ACCURACIES, spread=SPREADS, fault=FAULTS, calls=CALLS)
-    def turn(self, archive: Archive, accuracy: float, spread: float, fault: Fault | None, calls: int) -> None:
-        """Whoever else may be left waiting: many new annotations, a job, a decision."""
+    @rule(archive=ARCHIVES, accuracy=ACCURACIES, spread=SPREADS, in_shadow=SHADOWS, says=SAYS, fault=FAULTS, calls=CALLS)
+    def turn(
+        self,
+        archive: Archive,
+        accuracy: float,
+        spread: float,
+        in_shadow: int,
+        says: list[str],
+        fault: Fault | None,
+        calls: int,
+    ) -> None:
+        """Whoever else may be left waiting: many new annotations, a job, a decision, predictions of a version in shadow."""
         self.grow(None, 99)
         for name in self.sagemaker.running:
-            self._complete(name, archive, accuracy, spread)
+            self._complete(name, archive, accuracy, spread, in_shadow)
             self._report(name, 0, 1)
             message = self.outbox.promote.pop()
             self._begin(self._decide(message, fault, [message]), calls)
+        if self._running is not None:
+            self.ask_in_shadow(says, None, 99)
         self._begin(self._reconcile([], None, []), 99)
 
     # Annotators
@@ -322,7 +354,8 @@ class RetrainingMachine(RuleBasedStateMachine):
     @rule(images=st.integers(1, 3), webhooks=COPIES)
     def annotate(self, images: int, webhooks: int) -> None:
         for _ in range(images):
-            self.label_studio.annotated.append(examples.annotated_task(next(self.numbers)))
+            self.last_task += 1
+            self.label_studio.annotated.append(examples.annotated_task(self.last_task))
         self._edited(webhooks)
 
     @precondition(lambda self: self.label_studio.annotated)
@@ -346,6 +379,34 @@ class RetrainingMachine(RuleBasedStateMachine):
     @rule(webhooks=COPIES)
     def press_start(self, webhooks: int) -> None:
         self._send(ASKED, webhooks)
+
+    # Predictions
+
+    @precondition(lambda self: self._running is not None and len(self.going_on) < 3)
+    @rule(says=SAYS, fault=FAULTS, calls=CALLS)
+    def ask_in_shadow(self, says: list[str], fault: Fault | None, calls: int) -> None:
+        """`prelabel` notes what challenger and champion say of the tasks that come next; annotators say 1 as a rule."""
+        running = self._running
+        assert running is not None
+        assert running.shadow is not None
+        pairs = [
+            ShadowPair(
+                model=MODEL,
+                version=running.version,
+                champion=running.shadow.champion.version,
+                task=task,
+                sha256=examples.sha256(str(task)),
+                says=[Region(label=said[0])],
+                champion_says=[Region(label=said[1])],
+                noted_at=now(),
+            )
+            for task, said in enumerate(says, start=self.last_task + 1)
+        ]
+        self._begin(Invocation(lambda: self.wired_ledger.note_pairs(pairs), fault, lambda _: None), calls)
+
+    @property
+    def _running(self) -> Promotion | None:
+        return shadow.running(self.ledger.promotions(MODEL).values(), self.bucket.pointer)
 
     # Queues and functions
 
@@ -431,11 +492,12 @@ class RetrainingMachine(RuleBasedStateMachine):
         archive=ARCHIVES,
         accuracy=ACCURACIES,
         spread=SPREADS,
+        in_shadow=SHADOWS,
         reports=st.tuples(COPIES, COPIES),
     )
-    def complete(self, archive: Archive, accuracy: float, spread: float, reports: tuple[int, int]) -> None:
+    def complete(self, archive: Archive, accuracy: float, spread: float, in_shadow: int, reports: tuple[int, int]) -> None:
         name = self.sagemaker.running[0]
-        self._complete(name, archive, accuracy, spread)
+        self._complete(name, archive, accuracy, spread, in_shadow)
         self._report(name, *reports)
 
     @precondition(lambda self: self.sagemaker.running)
@@ -458,11 +520,11 @@ class RetrainingMachine(RuleBasedStateMachine):
     def refuse_jobs(self, refuses: str | None) -> None:
         self.sagemaker.refuses = refuses
 
-    def _complete(self, name: str, archive: Archive, accuracy: float, spread: float) -> None:
-        self._leave_archive(name, archive, accuracy, spread)
+    def _complete(self, name: str, archive: Archive, accuracy: float, spread: float, in_shadow: int = 0) -> None:
+        self._leave_archive(name, archive, accuracy, spread, in_shadow)
         self.sagemaker.jobs[name].status = "Completed"
 
-    def _leave_archive(self, name: str, archive: Archive, accuracy: float, spread: float) -> None:
+    def _leave_archive(self, name: str, archive: Archive, accuracy: float, spread: float, in_shadow: int = 0) -> None:
         if archive == "missing":
             return
         given = self.sagemaker.jobs[name].request["HyperParameters"]
@@ -483,6 +545,7 @@ class RetrainingMachine(RuleBasedStateMachine):
             report,
             holdout=report.holdout[:1],  # judged is the comparison; the images only take time
             dataset_digest=given["digest"],
+            gate=GateRules(margin=0.02, class_floor=0.1, confidence=0.5, shadow=in_shadow),
             n_annotations=int(given["n_annotations"]),
             champion_annotations=int(given["champion_annotations"]) if champion else None,
         )
@@ -583,6 +646,23 @@ class RetrainingMachine(RuleBasedStateMachine):
             if training.status == "completed":
                 demand(self.ledger.promotion(MODEL, name) is not None, f"the gate never decides about {name}")
                 demand(name in self.outbox.announced, f"nobody is told of {name}")
+        self._demand_that_shadows_end()
+
+    def _demand_that_shadows_end(self) -> None:
+        """One at most runs on, because too little is known; and whom the gate let serve is said to have been promoted."""
+        running = self._running
+        annotated = {task.id for task in self.label_studio.annotated}
+        for promoted in self.ledger.promotions(MODEL).values():
+            if promoted.verdict == "shadow":
+                demand(promoted == running, f"{promoted} runs in shadow for ever")
+            elif promoted.shadow is not None:
+                serves = promoted.version in self.bucket.by_gate
+                demand((promoted.verdict == "promote") >= serves, f"the gate let it serve: {promoted}")
+        if running is not None and running.shadow is not None:
+            pairs = self.ledger.pairs(MODEL, running.version)
+            demand(judge_live(running.shadow, pairs)[0] == "shadow", f"nobody decides about {running}")
+            left = [pair for pair in pairs if pair.task in annotated and not pair.scored]
+            demand(not left, f"nobody scores {left}")
 
 
 def run(examples: int, *, phases: tuple[Phase, ...] = (Phase.generate, Phase.shrink), derandomize: bool = True) -> None:
@@ -691,6 +771,11 @@ def any_model_file_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promotion, "hashlib", SimpleNamespace(sha256=lambda _: SimpleNamespace(hexdigest=lambda: ANY)))
 
 
+def no_look_at_shadows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody scores a version in shadow, and nobody ends its run."""
+    monkeypatch.setattr(Reconciler, "_follow_shadow", lambda _self, _model: None)
+
+
 @pytest.mark.parametrize(
     "break_guard",
     [
@@ -703,6 +788,7 @@ def any_model_file_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
         no_second_look_at_the_gate,
         any_pointer_will_do,
         any_model_file_will_do,
+        no_look_at_shadows,
     ],
 )
 def test_a_broken_guard_is_found(monkeypatch: pytest.MonkeyPatch, break_guard: Callable[[pytest.MonkeyPatch], None]) -> None:

@@ -20,7 +20,20 @@ from labelloop.errors import LabelStudioError
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelFolder
-from labelloop.records import Interval, LabelsSaved, Promotion, ReviewCase, Takeover, Timing
+from labelloop.records import (
+    Drift,
+    GateRules,
+    Interval,
+    LabelsSaved,
+    Promotion,
+    ReviewCase,
+    Scored,
+    Served,
+    Shadow,
+    ShadowPair,
+    Takeover,
+    Timing,
+)
 from tests import examples
 
 NOON = "2026-01-01T12:00:00.000+00:00"
@@ -170,6 +183,47 @@ def test_labels_saved_are_those_of_the_last_version_that_measured_them(busy: Sta
     assert status.queue.labels_saved is not None
     saved = "uncertainty, 10% at random; labels saved against random: 42% (13% to 61%), by 96"
     assert any(saved in line for line in said(status))
+
+
+def test_a_version_in_shadow_and_what_is_known_of_it(busy: Stage) -> None:
+    assert busy.status().shadow is None
+    champion = Champions(busy.bucket).read("digits")
+    assert champion is not None
+    rules = GateRules(margin=0.02, class_floor=0.1, confidence=0.95, shadow=200)
+    busy.decide(4, 0.98, verdict="shadow", shadow=Shadow(challenger=examples.champion(4), champion=champion, rules=rules))
+    answer = Scored(answered_at=NOON, scored_at=NOON, labels=["1"], challenger=True, champion=True, seen=True)
+    pairs = [
+        ShadowPair(
+            model="digits",
+            version=4,
+            champion=2,
+            task=task,
+            sha256="0" * 64,
+            says=[],
+            champion_says=[],
+            noted_at=NOON,
+            scored=answer if task < 3 else None,
+        )
+        for task in range(5)
+    ]
+    busy.ledger.note_pairs(pairs)
+    status = busy.status()
+    assert status.shadow is not None
+    assert (status.shadow.version, status.shadow.champion, status.shadow.tasks, status.shadow.answered) == (4, 2, 5, 3)
+    (line,) = (line for line in said(status) if line.startswith("in shadow"))
+    assert "version 4 beside version 2: 5 tasks predicted by both, 3 answered" in line
+    assert "annotators have answered 3 of 200 tasks" in line
+
+
+def test_drift_of_the_version_that_serves(busy: Stage) -> None:
+    assert busy.status().drift is None
+    served = [Served(task=number, sha256=f"{number:064x}", certainty=0.5, place=[0.0]) for number in range(40)]
+    busy.ledger.change_drift("digits", 2, lambda _: Drift(served=served, embedding=1.12, confidence=0.88))
+    assert any(
+        "1.1 (embedding), 0.9 (confidence) over the last 40 holdout images; 1 is chance" in one for one in said(busy.status())
+    )
+    busy.ledger.change_drift("digits", 2, lambda _: Drift(served=served[:10]))
+    assert any("not measured yet, 10 of 30 images" in one for one in said(busy.status()))
 
 
 def test_takeovers_come_latest_first(busy: Stage) -> None:

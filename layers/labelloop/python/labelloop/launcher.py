@@ -29,6 +29,7 @@ COMMAND = "; ".join(
     )
 )
 
+NO_MACHINE = "CapacityError"  # SageMaker's code for it, with which a reason begins
 _JOB_NAME = 63  # characters, SageMaker's limit
 
 JobStatus = Literal["InProgress", "Completed", "Failed", "Stopping", "Stopped", "Deleting"]
@@ -48,7 +49,7 @@ class JobState:
     @property
     def no_machine(self) -> bool:
         """Whether AWS had none to spare. What comes before the colon of a reason is SageMaker's code."""
-        return self.status == "Failed" and (self.failure or "").partition(":")[0] == "CapacityError"
+        return self.status == "Failed" and (self.failure or "").partition(":")[0] == NO_MACHINE
 
 
 def job_name(stage: str, model: str, digest: str, attempt: int) -> str:

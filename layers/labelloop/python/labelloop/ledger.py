@@ -6,8 +6,9 @@ Writing a head demands the sequence number that was read, so two reconciles at o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -15,9 +16,24 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
 from labelloop.errors import ConflictError, NotSetUpError, StorageError
-from labelloop.records import Answer, Audit, Erasure, Head, Job, Promotion, Record, ReviewCase, Takeover, Training, TurnedOff
+from labelloop.records import (
+    Answer,
+    Audit,
+    Drift,
+    Erasure,
+    Head,
+    Job,
+    Promotion,
+    Record,
+    ReviewCase,
+    ShadowPair,
+    Takeover,
+    Training,
+    TurnedOff,
+)
 
 _LEASE_SECONDS = 90  # longer than ingest may run
+_TRIES = 8  # of a change that others make, too
 _BATCH = 25  # DynamoDB's limit of a BatchWriteItem
 _LAST_ENTRY = 10**10 - 1  # of a log whose numbers have ten digits
 
@@ -32,6 +48,12 @@ class ImageClaim:
 
     state: Literal["new", "retry", "done", "busy"]
     before: str | None = None
+
+
+class _OfAnImage(msgspec.Struct):
+    """Of a record: whose image it is about."""
+
+    sha256: str
 
 
 class Ledger:
@@ -84,9 +106,19 @@ class Ledger:
         item = self._get(model, f"training#{job_name}")
         return None if item is None else msgspec.json.decode(item["body"]["S"], type=Training)
 
-    def record_promotion(self, promotion: Promotion) -> None:
-        body = msgspec.json.encode(promotion).decode()
-        self._call("put_item", Item={**_key(promotion.model, f"promotion#{promotion.job_name}"), "body": {"S": body}})
+    def record_promotion(self, promotion: Promotion) -> Promotion:
+        """Note the decision about a job; the one that is noted, for the first stays."""
+        written = self._put_if(_promotion_item(promotion), "attribute_not_exists(#record)", {"#record": "record"}, {})
+        return promotion if written else self.promotion(promotion.model, promotion.job_name) or promotion
+
+    def end_shadow(self, promotion: Promotion) -> Promotion:
+        """Note how a run in shadow ended; the decision that is noted. The first end stays, unless this version serves now."""
+        if promotion.verdict == "promote":
+            self._call("put_item", Item=_promotion_item(promotion))
+            return promotion
+        item, names = _promotion_item(promotion), {"#verdict": "verdict"}
+        written = self._put_if(item, "#verdict = :shadow", names, {":shadow": {"S": "shadow"}})
+        return promotion if written else self.promotion(promotion.model, promotion.job_name) or promotion
 
     def promotions(self, model: str) -> dict[str, Promotion]:
         """Decisions by job name."""
@@ -219,6 +251,46 @@ class Ledger:
         item = self._get(model, f"auto_accept_off#{version}")
         return None if item is None else msgspec.json.decode(item["body"]["S"], type=TurnedOff)
 
+    # Versions in shadow
+
+    def note_pairs(self, pairs: Iterable[ShadowPair]) -> None:
+        """Note what two versions said of tasks; of one that is noted already nothing changes."""
+        for pair in pairs:
+            item = {**_key(pair.model, _pair_record(pair)), **_body(pair)}
+            self._put_if(item, "attribute_not_exists(#record)", {"#record": "record"}, {})
+
+    def score_pair(self, pair: ShadowPair) -> None:
+        """Note which of the two was right. The first note stays, and what was erased meanwhile does not come back."""
+        item = {**_key(pair.model, _pair_record(pair)), **_body(pair), "scored": {"BOOL": True}}
+        condition = "attribute_exists(#record) AND attribute_not_exists(#scored)"
+        self._put_if(item, condition, {"#record": "record", "#scored": "scored"}, {})
+
+    def pairs(self, model: str, version: int) -> list[ShadowPair]:
+        """Of a version that runs, or ran, in shadow."""
+        return [msgspec.json.decode(item["body"]["S"], type=ShadowPair) for item in self._query(model, f"shadow#{version}#")]
+
+    # Drift
+
+    def drift(self, model: str, version: int) -> Drift | None:
+        """Of the images that a version predicts; None before the first."""
+        return self._read_drift(model, version)[1]
+
+    def change_drift(self, model: str, version: int, change: Callable[[Drift | None], Drift]) -> Drift:
+        """Put what `change` makes of it in its place; what is there then. Raises `ConflictError`."""
+        for _ in range(_TRIES):
+            body, before = self._read_drift(model, version)
+            after = change(before)
+            item = {**_key(model, f"drift#{version}"), **_body(after)}
+            new = ("attribute_not_exists(#body)", {}) if body is None else ("#body = :before", {":before": {"S": body}})
+            if after == before or self._put_if(item, new[0], {"#body": "body"}, new[1]):
+                return after
+        raise ConflictError(f"the drift of {model} version {version} is changed by others all the time")
+
+    def _read_drift(self, model: str, version: int) -> tuple[str | None, Drift | None]:
+        item = self._get(model, f"drift#{version}")
+        body = None if item is None else item["body"]["S"]
+        return body, None if body is None else msgspec.json.decode(body, type=Drift)
+
     # Content groups
 
     def groups_after(self, model: str, project: int, sequence: int) -> list[tuple[int, bytes]]:
@@ -271,12 +343,15 @@ class Ledger:
         return None if item is None else str(item["image"]["S"])
 
     def forget_images(self, model: str, project: int, images: Iterable[str]) -> int:
-        """Delete what stands here of images (SHA-256): notes, cases for review, audits; how many records it was."""
+        """Delete what stands here of images (SHA-256): notes, cases for review, audits, pairs; how many records it was."""
         hashes = set(images)
         records = [record for sha256 in hashes for record in (_image_record(project, sha256), f"review#{project}#{sha256}")]
-        for item in self._query(model, "audit#"):
-            if msgspec.json.decode(item["body"]["S"], type=Audit).sha256 in hashes:
-                records.append(item["record"]["S"])
+        for kind in ("audit#", "shadow#"):
+            for item in self._query(model, kind):
+                if msgspec.json.decode(item["body"]["S"], type=_OfAnImage).sha256 in hashes:
+                    records.append(item["record"]["S"])
+        for item in self._query(model, "drift#"):
+            self.change_drift(model, int(item["record"]["S"].partition("#")[2]), partial(_without, hashes))
         there = [record for record in records if self._get(model, record)]
         for record in there:
             self._call("delete_item", Key=_key(model, record))
@@ -384,6 +459,21 @@ def _image_record(project: int, sha256: str) -> str:
 
 def _audit_record(audit: Audit) -> str:
     return f"audit#{audit.version}#{audit.task}"
+
+
+def _without(hashes: Set[str], drift: Drift | None) -> Drift:
+    """Without the images; its figures stay until the next image comes."""
+    before = drift or Drift(served=[])
+    return msgspec.structs.replace(before, served=[one for one in before.served if one.sha256 not in hashes])
+
+
+def _promotion_item(promotion: Promotion) -> dict[str, Any]:
+    record = _key(promotion.model, f"promotion#{promotion.job_name}")
+    return {**record, **_body(promotion), "verdict": {"S": promotion.verdict}}
+
+
+def _pair_record(pair: ShadowPair) -> str:
+    return f"shadow#{pair.version}#{pair.task}"
 
 
 def _body(record: Record) -> dict[str, Any]:

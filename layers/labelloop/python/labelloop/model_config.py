@@ -149,6 +149,10 @@ class Promotion(Section, frozen=True, kw_only=True):
     confidence: Annotated[
         float, Meta(ge=0.5, le=0.999, description="of the one-sided bounds that decide; more asks for more holdout images")
     ] = 0.95
+    shadow: Annotated[
+        int,
+        Meta(ge=0, le=100_000, description="annotated tasks on which a version runs in shadow before it may serve; 0: none"),
+    ] = 0
 
 
 class Queue(Section, frozen=True, kw_only=True):

@@ -54,7 +54,7 @@ from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import Champion, ModelCard, Region, version_string
 
 if TYPE_CHECKING:
-    from labelloop.inference import Model
+    from labelloop.inference import Floats, Model
     from labelloop.label_studio.client import LabelStudioClient
 
 POINTER_SECONDS = 3.0
@@ -78,12 +78,14 @@ _SEPARATOR = re.compile(r"[/\\?&=]")
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a version says of a task: what annotators are shown and its form for Label Studio, how sure it is, its place."""
+    """What a version says of a task: what annotators are shown and its form for Label Studio, how sure it is, its place in the
+    queue, and the embedding, float32 `[D]`."""
 
     regions: list[Region]
     result: list[dict[str, Any]]
     certainty: float
     place: Place
+    embedding: Floats
 
 
 class TaskPredictor:
@@ -394,7 +396,8 @@ def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, c
     result = problem_type.result(regions, folder.label_config, size)
     certainty = problem_type.certainty(candidates, onnx.card)
     group = task.group or hashlib.sha256(data).hexdigest()
-    return Predicted(regions, result, certainty, active_learning.place(folder.config, onnx.card, group, certainty, embedding))
+    place = active_learning.place(folder.config, onnx.card, group, certainty, embedding)
+    return Predicted(regions, result, certainty, place, embedding)
 
 
 def _entries(

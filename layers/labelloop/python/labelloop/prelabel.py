@@ -6,6 +6,9 @@ whom, the last look is right.
 
 Tasks that somebody asked predictions of (Retrieve Predictions) and that `predict` had no time for come here, too, labelled ones
 among them. Those get the champion's prediction beside what they have, as Label Studio itself would have stored it.
+
+Of the holdout's images a version in shadow is asked, too, for the ledger alone (`labelloop.shadow`), and the champion's
+embeddings are compared with those that it was measured on (`labelloop.drift`).
 """
 
 from __future__ import annotations
@@ -17,14 +20,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from labelloop import auto_accept
+from labelloop import auto_accept, drift, shadow
 from labelloop.artifacts import Champions
-from labelloop.errors import LabelloopError, LabelStudioError, ServiceError
+from labelloop.errors import LabelloopError, LabelStudioError, ModelError, ServiceError
 from labelloop.label_studio.client import LabelStudioClient, StoredPrediction, StoredTask
-from labelloop.label_studio.payloads import Prediction
+from labelloop.label_studio.payloads import Prediction, PredictTask
 from labelloop.ledger import Ledger
 from labelloop.predict import Predicted, TaskPredictor
-from labelloop.records import Champion, TaskRange, version_string
+from labelloop.records import Champion, Drift, Served, ShadowPair, TaskRange, now, version_string
 
 SETTLED = timedelta(minutes=15)  # how long a page is taken to stay open; the longest delay of a message in SQS
 _ROUNDS = 8
@@ -42,6 +45,8 @@ class Prelabelled:
     deleted: int = 0
     unsettled: int = 0
     accepted: int = 0
+    in_shadow: int = 0  # tasks that a version in shadow was asked about
+    drift: Drift | None = None  # None where nothing was measured
 
 
 class Prelabeller:
@@ -85,6 +90,9 @@ class Prelabeller:
             if not self._settle(project, champion, predicted, outcome):
                 self._report(listed, found)
                 outcome.accepted = self._accept(project, champion, predicted)
+                told = [(task.task, answer) for task, answer in predicted if self._tells(task, champion)]
+                outcome.drift = self._measure_drift(champion, told)
+                outcome.in_shadow = self._ask_in_shadow(champion, told)
                 return outcome
         raise LabelStudioError(f"Label Studio does not keep the predictions of tasks {tasks.after} to {tasks.upto}")
 
@@ -101,6 +109,59 @@ class Prelabeller:
         card = self._predictor.card(champion)
         pairs = [(listed.task, answer) for listed, answer in predicted if not listed.begun]
         return auto_accept.accept(folder, card, champion.version, project, self._ledger, self._label_studio, pairs)
+
+    def _tells(self, listed: StoredTask, champion: Champion) -> bool:
+        """Whether a task is a random one that no version has learnt from."""
+        known = isinstance(listed.task.meta, dict) and bool(listed.task.meta.get("sha256"))
+        return known and not listed.begun and shadow.counts(listed.task.group, self._predictor.folder(champion).config)
+
+    def _measure_drift(self, champion: Champion, told: Sequence[tuple[PredictTask, Predicted]]) -> Drift | None:
+        reference = self._predictor.card(champion).drift
+        if reference is None or not told:
+            return None
+        served = [
+            Served(
+                task=task.id,
+                sha256=task.meta["sha256"],
+                certainty=answer.certainty,
+                place=drift.place(reference, answer.embedding),
+            )
+            for task, answer in told
+        ]
+        return self._ledger.change_drift(champion.model, champion.version, partial(drift.follow, reference, served))
+
+    def _ask_in_shadow(self, champion: Champion, told: Sequence[tuple[PredictTask, Predicted]]) -> int:
+        """Note what champion and a version in shadow say of tasks, where there is one; of how many.
+
+        A damaged one is no reason to keep the champion's predictions waiting.
+        """
+        running = shadow.running(self._ledger.promotions(champion.model).values(), champion)
+        if running is None or running.shadow is None:
+            return 0
+        try:
+            answers = self._predictor.predict(running.shadow.challenger, [task for task, _ in told])
+        except ModelError as error:
+            self._log("not run in shadow", version=running.version, reason=str(error))
+            return 0
+        pairs = [
+            ShadowPair(
+                model=champion.model,
+                version=running.version,
+                champion=champion.version,
+                task=task.id,
+                sha256=task.meta["sha256"],
+                says=answer.regions,
+                champion_says=shown.regions,
+                noted_at=now(),
+            )
+            for (task, shown), answer in zip(told, answers, strict=True)
+            if isinstance(answer, Predicted)
+        ]
+        self._ledger.note_pairs(pairs)
+        failed = next((answer for answer in answers if isinstance(answer, ServiceError)), None)
+        if failed is not None:
+            raise failed
+        return len(pairs)
 
     def _settle(
         self,

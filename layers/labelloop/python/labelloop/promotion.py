@@ -1,7 +1,8 @@
 """The promotion gate: whether a challenger takes over, and the taking over.
 
 `judge` decides from the evaluation report alone. `Promoter` acts on it step by step, each step harmless to repeat: unpack,
-swap the pointer, note takeover and decision, move the aliases, announce.
+swap the pointer, note takeover and decision, move the aliases, announce. A version that runs in shadow first is unpacked and
+noted; once annotators' answers decide, or its time is over, the same steps follow.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from labelloop import artifacts
+from labelloop import artifacts, shadow
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ModelError
 from labelloop.ledger import Ledger
@@ -26,6 +27,8 @@ from labelloop.records import (
     GateRules,
     Interval,
     Promotion,
+    Shadow,
+    ShadowPair,
     TakenOverBy,
     Verdict,
     now,
@@ -33,6 +36,7 @@ from labelloop.records import (
 from labelloop.registry import Registry
 
 _MAX_MODEL_BYTES = 2 * 2**30
+_LET_SERVE = "it was let serve by hand before annotators' answers to its run in shadow decided"
 
 
 def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict, str]:
@@ -40,6 +44,7 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
 
     keep: evidently worse, or one class is, by more than it may be. promote: evidently better, or evidently not worse by more
     than the margin and trained on more annotations. undecided: the holdout is too small to tell; the champion goes on serving.
+    shadow: promote, but its rules want it to run in shadow first.
     """
     challenger, champion, comparison = evaluation.challenger, evaluation.champion, evaluation.comparison
     if champion_version is None:
@@ -56,24 +61,62 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
             f"nothing can be compared: no holdout image shows a class that version {champion_version} knows, too; "
             f"labelloop promote {evaluation.model} lets it serve all the same"
         )
-    versus = _versus(evaluation, comparison, champion_version)
+    verdict, reason = _weigh(
+        comparison,
+        evaluation.gate,
+        _versus(evaluation, comparison, champion_version),
+        evaluation.n_annotations,
+        evaluation.champion_annotations,
+    )
+    if verdict == "undecided":
+        return verdict, f"{reason}; {_remedy(comparison)}"
+    if verdict == "promote" and evaluation.gate.shadow:
+        return "shadow", f"{reason}; first it runs in shadow, until annotators have answered {evaluation.gate.shadow:,} tasks"
+    return verdict, reason
+
+
+def judge_live(running: Shadow, pairs: Sequence[ShadowPair]) -> tuple[Verdict, str, Comparison | None]:
+    """What annotators' answers allow a version in shadow, and why; `shadow` while they do not decide.
+
+    They are looked at when `rules.shadow` are there, then when twice as many are, and so on, each time with half the chance
+    of error that is left, so that all looks together keep to the confidence.
+    """
+    rules, champion, challenger = running.rules, running.champion, running.challenger
+    scored = shadow.in_order(pairs)
+    looks = 0
+    while rules.shadow << looks <= len(scored):
+        looks += 1
+    if not looks:
+        return "shadow", f"annotators have answered {len(scored):,} of {rules.shadow:,} tasks", None
+    counted = scored[: rules.shadow << (looks - 1)]
+    comparison = shadow.compare(counted, 1 - (1 - rules.confidence) / 2**looks)
+    seen = sum(pair.scored is not None and pair.scored.seen for pair in counted)
+    versus = (
+        f"in shadow right about {comparison.challenger:.1%} of {comparison.images:,} tasks against version {champion.version}'s "
+        f"{comparison.champion:.1%}, {in_points(comparison.difference)}; alone right about {comparison.won:,} against "
+        f"{comparison.lost:,}; annotators had version {champion.version}'s predictions before them in {seen:,}"
+    )
+    verdict, reason = _weigh(comparison, rules, versus, challenger.n_annotations, champion.n_annotations)
+    return "shadow" if verdict == "undecided" else verdict, reason, comparison
+
+
+def _weigh(comparison: Comparison, rules: GateRules, versus: str, annotations: int, before: int | None) -> tuple[Verdict, str]:
+    """The rules, for a challenger that was trained on so many annotations and a champion that was on `before`."""
     if comparison.difference.high < 0:
         return "keep", f"worse: {versus}"
-    fallen = _fallen(comparison, evaluation.gate)
+    fallen = _fallen(comparison, rules)
     if fallen:
         name, change = fallen
-        allowed = f"class_floor allows {100 * evaluation.gate.class_floor:.3g}"
+        allowed = f"class_floor allows {100 * rules.class_floor:.3g}"
         return "keep", f"the class {name} falls too far, {in_points(change)}; {allowed}: {versus}"
     if comparison.difference.low > 0:
         return "promote", f"better: {versus}"
-    before = evaluation.champion_annotations
-    more = before is not None and evaluation.n_annotations > before
-    if comparison.difference.low > -evaluation.gate.margin and more:
+    if comparison.difference.low > -rules.margin and before is not None and annotations > before:
         return "promote", (
-            f"not worse by more than {100 * evaluation.gate.margin:.3g} points, and trained on {evaluation.n_annotations:,} "
-            f"annotations instead of {before:,}: {versus}"
+            f"not worse by more than {100 * rules.margin:.3g} points, and trained on {annotations:,} annotations instead of "
+            f"{before:,}: {versus}"
         )
-    return "undecided", f"not enough evidence: {versus}; {_remedy(comparison)}"
+    return "undecided", f"not enough evidence: {versus}"
 
 
 def not_worse(comparison: Comparison, rules: GateRules) -> bool:
@@ -129,7 +172,9 @@ class Promoter:
             promotion = self._decide(model, job_name)
             if promotion is None:
                 return None
-            self._ledger.record_promotion(promotion)
+            promotion = self._ledger.record_promotion(promotion)
+        elif promotion.shadow is not None and promotion.verdict == "shadow":
+            promotion = self._look_at_shadow(promotion, promotion.shadow)
         self._publish(promotion)
         return promotion
 
@@ -150,11 +195,14 @@ class Promoter:
     def _take(self, onnx: bytes, evaluation: Evaluation) -> Promotion:
         """Judge a version and, when it won, let it serve."""
         model, version = evaluation.model, evaluation.challenger.version
+        running: Shadow | None = None
         champion, tag = self._champions.read_tagged(model)
         if champion is not None and self._has_served(version, champion):  # a crash came between the swap and the ledger's note
             verdict, reason = judge(evaluation, evaluation.champion.version if evaluation.champion else None)
             if champion.version == version and champion.by == "gate":
                 self._ledger.record_takeover(champion.takeover)
+            if verdict == "shadow":
+                verdict, reason = "undecided", _LET_SERVE
         else:
             before = champion.version if champion else None
             verdict, reason = judge(evaluation, before)
@@ -164,6 +212,9 @@ class Promoter:
                 successor = pointer(evaluation, before=before, by="gate", reason=reason)
                 self._champions.swap(successor, tag=tag)
                 self._ledger.record_takeover(successor.takeover)
+            elif verdict == "shadow" and champion is not None:
+                successor = pointer(evaluation, before=before, by="gate", reason=reason)
+                running = Shadow(challenger=successor, champion=champion, rules=evaluation.gate)
         return Promotion(
             model=model,
             job_name=evaluation.job_name,
@@ -180,7 +231,32 @@ class Promoter:
             labels_saved=evaluation.labels_saved,
             suspects=len(evaluation.suspects),
             timing=evaluation.timing,
+            shadow=running,
         )
+
+    def _look_at_shadow(self, promotion: Promotion, running: Shadow) -> Promotion:
+        """Let a version that ran in shadow serve, or end its run, when it is time."""
+        model, version = promotion.model, promotion.version
+        verdict, reason, live = judge_live(running, self._ledger.pairs(model, version))
+        promotions = self._ledger.promotions(model).values()
+        champion, tag = self._champions.read_tagged(model)
+        now_running = shadow.running(promotions, champion)
+        if champion is not None and self._has_served(version, champion):
+            # A crash came between the swap and the notes, or a person was faster.
+            if champion.version == version and champion.by == "gate":
+                self._ledger.record_takeover(champion.takeover)
+            if verdict != "promote":
+                verdict, reason = "undecided", _LET_SERVE
+        elif now_running is None or now_running.job_name != promotion.job_name:
+            verdict, reason = "undecided", _why_over(champion, running, now_running, reason)
+        elif verdict == "promote":
+            successor = msgspec.structs.replace(running.challenger, promoted_at=now(), reason=reason)
+            self._champions.swap(successor, tag=tag)
+            self._ledger.record_takeover(successor.takeover)
+        elif verdict == "shadow":
+            return promotion
+        ended = msgspec.structs.replace(promotion, verdict=verdict, reason=reason, live=live, decided_at=now())
+        return self._ledger.end_shadow(ended)
 
     def _has_served(self, version: int, champion: Champion) -> bool:
         """Whether a version serves or has served. Then it takes over no more: whoever moved the pointer away from it meant to."""
@@ -198,6 +274,14 @@ class Promoter:
             elif champion is not None and champion.version == version:
                 self._registry.set_alias(model, "champion", version)
         self._announce(promotion)
+
+
+def _why_over(champion: Champion | None, running: Shadow, newer: Promotion | None, so_far: str) -> str:
+    """Why a run in shadow has ended before it decided."""
+    if newer is not None:
+        return f"version {newer.version} runs in shadow in its place; {so_far}"
+    serves = f"version {champion.version} serves" if champion else "nothing serves"
+    return f"it ran in shadow beside version {running.champion.version}, but {serves} since; {so_far}"
 
 
 def _check_owner(evaluation: Evaluation, model: str, job_name: str) -> None:

@@ -13,7 +13,7 @@ import msgspec
 ProblemTypeName = Literal["classification", "multilabel", "detection"]
 Split = Literal["train", "validation", "test"]
 TrainingStatus = Literal["running", "completed", "failed", "stopped"]
-Verdict = Literal["promote", "keep", "undecided"]
+Verdict = Literal["promote", "keep", "undecided", "shadow"]
 TakenOverBy = Literal["gate", "rollback", "promote"]
 Metric = Literal["accuracy", "f1", "map_50"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the upright image's width and height
@@ -84,6 +84,20 @@ class BoxRules(Record, frozen=True, kw_only=True):
     max_boxes: int
 
 
+class DriftReference(Record, frozen=True, kw_only=True):
+    """What a version saw in the images of its holdout, for comparison with those that come later.
+
+    `axes`: float32 `[D, d]`, onto which an embedding is laid, and `centre`: float32 `[d]`, what is then subtracted: so laid, the
+    holdout's have mean 0 and covariance 1. `counts`: how many have a certainty below the first of `edges`, the second, …, above.
+    """
+
+    images: int
+    axes: bytes
+    centre: bytes
+    edges: list[float]
+    counts: list[int]
+
+
 class ModelCard(Record, frozen=True, kw_only=True):
     """What serving needs to know of an ONNX file; kept in its metadata under the key `labelloop`."""
 
@@ -100,6 +114,7 @@ class ModelCard(Record, frozen=True, kw_only=True):
     certainties: list[float] = []  # quantiles, evenly spaced, of the certainty on images that were not trained on
     centroids: bytes = b""  # float16 [clusters, embedding], of the training images
     accept_from: float | None = None  # certainty from which predictions are as precise as auto_accept promises
+    drift: DriftReference | None = None  # None where the holdout is too small
 
 
 class Champion(Record, frozen=True, kw_only=True):
@@ -153,6 +168,7 @@ class GateRules(Record, frozen=True, kw_only=True):
     margin: float
     class_floor: float
     confidence: float
+    shadow: int = 0
 
 
 class Comparison(Record, frozen=True, kw_only=True):
@@ -352,8 +368,22 @@ class Training(Record, frozen=True, kw_only=True):
     no_machine: bool = False  # as in `Failure`
 
 
+class Shadow(Record, frozen=True, kw_only=True):
+    """What a version runs in shadow with: the pointer that would let it serve, the one that it runs beside, the rules.
+
+    It is over as soon as another pointer than `champion` stands, or a newer version runs in shadow beside it.
+    """
+
+    challenger: Champion
+    champion: Champion
+    rules: GateRules
+
+
 class Promotion(Record, frozen=True, kw_only=True):
-    """What `promote` decided about a version, and why."""
+    """What `promote` decided about a version, and why. The verdict `shadow` stands until a later one takes its place.
+
+    `live`: what annotators' answers told of a version that ran in shadow.
+    """
 
     model: str
     job_name: str
@@ -370,6 +400,8 @@ class Promotion(Record, frozen=True, kw_only=True):
     labels_saved: LabelsSaved | None = None
     suspects: int = 0
     timing: Timing | None = None
+    shadow: Shadow | None = None  # None of a version that never ran in shadow
+    live: Comparison | None = None
 
 
 class Takeover(Record, frozen=True, kw_only=True):
@@ -412,6 +444,59 @@ class Audit(Record, frozen=True, kw_only=True):
     predicted: list[Region]
     noted_at: str
     right: bool | None = None
+
+
+class Scored(Record, frozen=True, kw_only=True):
+    """What an annotator's answer says of two predictions.
+
+    `answered_at` is Label Studio's time; `labels`: the answer's classes; `seen`: the annotator had the champion's prediction
+    before them.
+    """
+
+    answered_at: str
+    scored_at: str
+    labels: list[str]
+    challenger: bool
+    champion: bool
+    seen: bool
+
+
+class ShadowPair(Record, frozen=True, kw_only=True):
+    """What a version in shadow and the champion said of a task before anybody annotated it. `scored`: None until then."""
+
+    model: str
+    version: int  # in shadow
+    champion: int
+    task: int
+    sha256: str
+    says: list[Region]
+    champion_says: list[Region]
+    noted_at: str
+    scored: Scored | None = None
+
+
+class Served(Record, frozen=True, kw_only=True):
+    """An image of the holdout that a version has predicted: where its embedding lies on the reference's axes."""
+
+    task: int
+    sha256: str
+    certainty: float
+    place: list[float]
+
+
+class Drift(Record, frozen=True, kw_only=True):
+    """The newest images of the holdout that a version has predicted, by task, and how far they are from those it was
+    measured on: 1 is what chance gives. None while they are too few."""
+
+    served: list[Served]
+    embedding: float | None = None
+    confidence: float | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that are known, by name."""
+        both = {"embedding": self.embedding, "confidence": self.confidence}
+        return {name: figure for name, figure in both.items() if figure is not None}
 
 
 class TurnedOff(Record, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from labelloop import review
+from labelloop import review, shadow
 from labelloop.artifacts import Champions
 from labelloop.errors import LabelStudioError, NotSetUpError
 from labelloop.label_studio.client import LabelStudioClient
@@ -47,13 +47,15 @@ class Refresher:
         """Bring Label Studio in line with what serves now. Raises `NotSetUpError`, `ServiceError`.
 
         It reads the pointer rather than believing the event, so events in the wrong order end in the right title; and only
-        the event of the version that serves has the tasks predicted: any other was kept, or its successor's event comes.
+        the event of the version that serves, or runs in shadow, has the tasks predicted: any other was kept, or its successor's
+        event comes.
         """
         champion = self._champions.read(judged.model)
         project = self._ledger.project(judged.model)
         title = self._rename(project, judged.model, champion)
         ranges = 0
-        if champion is not None and champion.version == judged.version:
+        running = shadow.running(self._ledger.promotions(judged.model).values(), champion)
+        if judged.version in (one.version for one in (champion, running) if one):
             ranges = self._queue.send(unlabelled_ranges(judged.model, self._label_studio, project))
         return Refreshed(title, ranges, self._offer_suspects(project, judged))
 

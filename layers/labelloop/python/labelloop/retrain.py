@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from labelloop import artifacts, snapshot_index
+from labelloop import artifacts, shadow, snapshot_index
 from labelloop.acceptance import NONE_SEEN, Acceptance
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError
@@ -25,6 +25,7 @@ from labelloop.launcher import Launcher, job_name
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.policy import Decision, decide
+from labelloop.promotion import judge_live
 from labelloop.records import Answer, Failure, Head, Job, Trained, Training, TrainingStatus, now
 from labelloop.snapshot_index import SnapshotIndex
 
@@ -92,6 +93,7 @@ class Reconciler:
         )
 
     def _look(self, model: str, *, asked: bool) -> Outcome:
+        self._follow_shadow(model)
         head = self._settle(model, self._ledger.head(model))
         asked = asked or head.asked
         busy = self._busy(model, head)
@@ -103,6 +105,20 @@ class Reconciler:
         if head.asked and outcome.started is None:
             self._ledger.remember_asked(head, asked=False)
         return outcome
+
+    def _follow_shadow(self, model: str) -> None:
+        """Score what annotators have answered of a version in shadow; have `promote` look where that or anything ends its run."""
+        begun = [promotion for promotion in self._ledger.promotions(model).values() if promotion.verdict == "shadow"]
+        if not begun:
+            return
+        running = shadow.running(begun, Champions(self._bucket).read(model))
+        if running is not None and running.shadow is not None:
+            folder, project = self._configs[model], self._ledger.project(model)
+            pairs = shadow.score(folder, project, running.version, running.decided_at, self._ledger, self._label_studio)
+            if judge_live(running.shadow, pairs)[0] == "shadow":
+                begun.remove(running)
+        for promotion in begun:
+            self._recall_promotion(model, promotion.job_name)
 
     def _settle(self, model: str, head: Head) -> Head:
         """Find out what became of the running job; start it when it was claimed and never started."""
