@@ -373,6 +373,43 @@ def retrain(
         request.show(done, console)
 
 
+@_command("train digits --instance ml.g5.2xlarge --stage prod")
+def train(
+    model: Model,
+    instance: Annotated[
+        str | None, typer.Option(help="SageMaker instance; a laptop ignores it.", show_default="the config's")
+    ] = None,
+    spot: Annotated[
+        bool | None, typer.Option("--spot/--on-demand", help="Spare capacity or not.", show_default="as the config says")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
+    stage: Stage = "local",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model once on another machine, to try something: the loop goes on, and what serves stays.
+
+    The job has the deployed code, container, role and channels of the loop's own, and the last snapshot. Its version is
+    registered in MLflow, with its evaluation; the gate does not hear of it. To train what was annotated since, and let the
+    better version serve, there is labelloop retrain. Interrupted, the job goes on.
+    """
+    from cli import train as trial
+
+    heard = problems if as_json else console
+    done = trial.train(
+        Deployment.find(stage, home),
+        ModelConfigs.find()[model],
+        lambda line: heard.print(line, highlight=False, soft_wrap=True, markup=False),
+        instance_type=instance,
+        spot=spot,
+        wait=wait,
+    )
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(done)).decode())
+    else:
+        trial.show(done, console)
+
+
 @_command("lineage digits --version 3 --rebuild")
 def lineage(
     model: Model,

@@ -363,6 +363,7 @@ def deployed(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
             "MlflowTrackingUri": others.url,
             "LabelStudioUrl": asked.url,
             "LabelStudioSecret": f"{name}/label-studio",
+            "RetrainFunction": "retrain-of-dev",
             **queues,
         }
         stack.enter_context(_stacks(outputs))

@@ -75,6 +75,7 @@ class TrainingStack(cdk.Stack):
         for name, worker in self.workers.items():
             output(self, f"{name.capitalize()}Queue", worker.queue.queue_url)
             output(self, f"{name.capitalize()}QueueDeadLetters", worker.dead_letters.queue_url)
+        output(self, "RetrainFunction", self.functions["retrain"].function_name)  # `labelloop train` reads its settings
         self.trainings_failed = logs.MetricFilter(
             self,
             "FailedTrainings",

@@ -46,7 +46,7 @@ def documented_environment() -> dict[str, set[str]]:
 def documented_outputs() -> dict[str, set[str]]:
     rows = re.findall(r"^\| (state|training|serving) \| (.*) \|$", ARCHITECTURE, re.MULTILINE)
     outputs = {stack: set(re.findall(r"`([A-Za-z]+)`", keys)) for stack, keys in rows}
-    outputs["training"] |= {f"{key}DeadLetters" for key in outputs["training"]}
+    outputs["training"] |= {f"{key}DeadLetters" for key in outputs["training"] if key.endswith("Queue")}
     return outputs
 
 

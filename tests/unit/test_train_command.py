@@ -1,0 +1,33 @@
+"""`labelloop train` where it cannot start; tests/loop/test_operations.py runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from tests import examples
+from tests.deployed import STAGE, Stage, deployed
+
+
+@pytest.fixture
+def stage(aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    with deployed(examples.CONFIGS["digits"], monkeypatch) as stage:
+        yield stage
+
+
+def test_before_the_first_snapshot_it_says_what_to_do(stage: Stage) -> None:
+    done = CliRunner().invoke(app, ["train", "digits", "--stage", STAGE])
+    assert done.exception is not None
+    assert "digits has no snapshot yet" in str(done.exception)
+
+
+def test_a_function_that_cannot_be_looked_at_starts_nothing(stage: Stage) -> None:
+    stage.train(100, 0.9)
+    done = CliRunner().invoke(app, ["train", "digits", "--stage", STAGE, "--json"])
+    assert done.exception is not None
+    assert "retrain-of-dev cannot be looked at" in str(done.exception)
+    assert json.loads(done.stdout or "null") is None
