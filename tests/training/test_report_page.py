@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from labelloop.records import Evaluation, HoldoutImage, Int8, Interval, LabelsSaved, Region, Scores, Timing
+from labelloop.records import Evaluation, HoldoutImage, Int8, Interval, LabelsSaved, Probe, Region, Scores, Timing
 from tests import examples
 from training_jobs import report_page
 
@@ -101,6 +101,16 @@ def test_it_says_which_numbers_serve_and_why(tmp_path: Path) -> None:
         found = page(said, tmp_path)
         assert f"reckons with {name} Why {name}: 5 < 7 ms." in found.text
     assert "reckons with" not in page(whole, tmp_path).text  # a report of before
+
+
+def test_it_says_what_the_linear_probe_came_to(tmp_path: Path) -> None:
+    whole = report(["a", "b"])
+    said = page(msgspec.structs.replace(whole, probe=Probe(kept=0, value=0.91, fitted=0.9, chosen=True)), tmp_path).text
+    assert "91.0% · 90.0%; the probe serves" in said
+    said = page(msgspec.structs.replace(whole, probe=Probe(kept=0, value=0.89, fitted=0.9, chosen=False)), tmp_path).text
+    assert "89.0% · 90.0%" in said
+    assert "the probe serves" not in said
+    assert "probe" not in page(msgspec.structs.replace(whole, probe=None), tmp_path).text
 
 
 def test_it_needs_nothing_else(tmp_path: Path) -> None:
