@@ -288,13 +288,13 @@ def _functions(work: Work, functions: Sequence[Resource]) -> Iterator[Part]:
 
 
 def _versions(work: Work, versions: Sequence[Resource]) -> Iterator[Part]:
-    """Of predict alone, and only where `predict_start` is not `cold`."""
+    """Of predict alone."""
     functions = [work.function(version)["Properties"] for version in versions]
     gb = sum(function["MemorySize"] / 1024 for function in functions if "SnapStart" in function)
     yield (
         "lambda.snapshot",
         work.usage.months * HOURS * 3600 * gb,
-        "SnapStart's copy of predict's memory, as long as there is one",
+        "SnapStart's copy of predict's memory, where predict_start asks for one",
     )
     yield "lambda.restore", work.predictions * _RESTORES * gb, f"{_RESTORES:.0%} of predictions start from the snapshot, assumed"
 
@@ -306,7 +306,7 @@ def _aliases(work: Work, aliases: Sequence[Resource]) -> Iterator[Part]:
         * alias["Properties"].get("ProvisionedConcurrencyConfig", {}).get("ProvisionedConcurrentExecutions", 0)
         for alias in aliases
     )
-    yield "lambda.ready", work.usage.months * HOURS * 3600 * ready, "provisioned concurrency: predict's environments kept ready"
+    yield "lambda.ready", work.usage.months * HOURS * 3600 * ready, "provisioned concurrency: what predict_start keeps ready"
 
 
 def _polling(work: Work, mappings: Sequence[Resource]) -> Iterator[Part]:

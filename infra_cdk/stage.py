@@ -192,6 +192,11 @@ class Stage:
         return ["aws.sagemaker", "labelloop.sagemaker"] if self.is_local else ["aws.sagemaker"]
 
     @property
+    def serves_versions(self) -> bool:
+        """Whether the API calls predict's alias `live`, which moves from version to version. The emulator has no CodeDeploy."""
+        return not self.is_local
+
+    @property
     def saves_queries(self) -> bool:
         """The emulator does not know AWS::Logs::QueryDefinition."""
         return not self.is_local

@@ -144,6 +144,10 @@ class StageFacts(Section, frozen=True, kw_only=True):
             description="cold; snapshot (SnapStart); or how many of predict's environments are kept ready: both cost while idle"
         ),
     ] = "cold"
+    deployment: Annotated[
+        Literal["canary", "at once"],
+        Meta(description="whether a new version of predict gets a tenth of the requests first, or all of them at once"),
+    ] = "canary"
     reserved_concurrency: Annotated[
         bool,
         Meta(description="bounds what the API runs; false for an account whose functions may run fewer than 320 times at once"),

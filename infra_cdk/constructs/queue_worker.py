@@ -17,7 +17,10 @@ _OLD = cdk.Duration.hours(1)
 
 
 class QueueWorker(Construct):
-    """`function` gets batches and answers which messages failed; after twenty receives one moves to `dead_letters`."""
+    """`function` gets batches and answers which messages failed; after twenty receives one moves to `dead_letters`.
+
+    `tells_age`: False where another queue's alarm tells of the same outages; each costs ten cents a month.
+    """
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class QueueWorker(Construct):
         batch_size: int = 10,
         batching_window: cdk.Duration | None = None,
         max_concurrency: int,
+        tells_age: bool = True,
     ) -> None:
         super().__init__(scope, id)
         self.timeout = timeout
@@ -59,15 +63,16 @@ class QueueWorker(Construct):
             ),
             threshold=1,
         )
-        OperatorAlarm(
-            self,
-            "OldAlarm",
-            stage=stage,
-            says=f"{id} has been failing for an hour: its log says what it waits for",
-            runbook="old-messages",
-            metric=self.queue.metric_approximate_age_of_oldest_message(period=cdk.Duration.minutes(5), statistic="Maximum"),
-            threshold=_OLD.to_seconds(),
-        )
+        if tells_age:
+            OperatorAlarm(
+                self,
+                "OldAlarm",
+                stage=stage,
+                says=f"{id} has been failing for an hour: its log says what it waits for",
+                runbook="old-messages",
+                metric=self.queue.metric_approximate_age_of_oldest_message(period=cdk.Duration.minutes(5), statistic="Maximum"),
+                threshold=_OLD.to_seconds(),
+            )
 
     def work_with(self, function: lambda_.Function) -> None:
         """Let `function` work the queue off; its timeout is the `timeout` given here."""

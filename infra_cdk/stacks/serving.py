@@ -8,6 +8,7 @@ from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
 from infra_cdk.constructs.alarms import OperatorAlarm
+from infra_cdk.constructs.canary import Canary
 from infra_cdk.constructs.front_door import FrontDoor
 from infra_cdk.constructs.grants import allow, allow_reading_objects
 from infra_cdk.constructs.layers import Layers
@@ -114,14 +115,27 @@ class ServingStack(cdk.Stack):
         allow(predict.execution_role, "lambda:InvokeFunction", on=part.function_arn)
         allow(predict.execution_role, "sqs:SendMessage", on=training.prelabel_queue.queue_arn)  # of what is late
 
+        live = self._live(predict, stage) if stage.serves_versions else None
         front_door = FrontDoor(
             self,
             "FrontDoor",
             stage=stage,
             authorizer=authorize,
-            predict=self._started_ahead(predict, stage),
+            predict=live or predict,
             retrain_queue=training.retrain_queue,
         )
+        failing = OperatorAlarm(
+            self,
+            "RequestsFailed",
+            stage=stage,
+            says="the API answered a request with 5xx",
+            runbook="requests-failed",
+            # Not Lambda's errors of the alias: predict answers its own with 500, which Lambda takes for success.
+            metric=front_door.api.metric_server_error(period=cdk.Duration.minutes(1), statistic="Sum"),
+            threshold=1,  # a new version gets a tenth of what a few annotators ask
+        )
+        if live and stage.facts.deployment == "canary":
+            Canary(self, "Canary", function=predict, alias=live, alarm=failing)
         functions = {"authorize": authorize, "predict": predict, "predict_part": part, **training.functions}
         Monitoring(
             self,
@@ -135,13 +149,8 @@ class ServingStack(cdk.Stack):
         output(self, "ApiUrl", front_door.url)
         output(self, "ApiId", front_door.api.rest_api_id)
 
-    def _started_ahead(self, predict: lambda_.Function, stage: Stage) -> lambda_.IFunction:
-        """What the API calls: predict itself; or its newest version, where Lambda starts that ahead of requests.
-
-        A version of CDK's goes when the next one comes, and its snapshot with it.
-        """
-        if stage.facts.predict_start == "cold":
-            return predict
+    def _live(self, predict: lambda_.Function, stage: Stage) -> lambda_.Alias:
+        """What the API calls. A version of CDK's goes once the next one has come to serve, and its snapshot with it."""
         return lambda_.Alias(
             self,
             "PredictAlias",

@@ -59,7 +59,8 @@ class TrainingStack(cdk.Stack):
         )
         retrain = QueueWorker(self, "Retrain", stage=stage, timeout=cdk.Duration.seconds(300), max_concurrency=2)
         promote = QueueWorker(self, "Promote", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        refresh = QueueWorker(self, "Refresh", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
+        # What refresh waits for, retrain needs as well, and at every look of the schedule.
+        refresh = QueueWorker(self, "Refresh", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2, tells_age=False)
         prelabel = QueueWorker(self, "Prelabel", stage=stage, timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
         self.retrain_queue, self.prelabel_queue = retrain.queue, prelabel.queue
         self.functions: dict[str, PythonFunction] = {}

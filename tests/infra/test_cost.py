@@ -55,6 +55,12 @@ def test_an_idle_month_of_one_model_costs_less_than_two_dollars_and_every_line_s
         assert line.charged_by or line.cost == 0
 
 
+def test_an_idle_month_costs_the_same_with_a_canary_and_without(digits: Resources) -> None:
+    at_once = cost.synthesize(MODELS, ["digits"], "prod", msgspec.structs.replace(FACTS, deployment="at once"))
+    assert digits.keys() - at_once.keys(), "a canary is made of something"
+    assert report(at_once).idle.total == report(digits).idle.total
+
+
 def test_every_resource_of_a_stage_is_listed(prod: Templates) -> None:
     resources = {f"{number}/{id}": found for number, stack in enumerate(prod) for id, found in stack.resources.items()}
     lines = cost.report([DIGITS, DETECTOR], resources, Usage(), PRICES, "prod").idle.lines

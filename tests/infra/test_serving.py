@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 
+from infra_cdk.sources import ROOT
 from tests.infra.templates import Template, Templates, context_of, flat, synthesize
 
 ROUTES = {
@@ -166,10 +168,111 @@ def test_what_the_api_runs_is_bounded(prod: Templates, tmp_path: Path) -> None:
     assert not [f for f in unbounded.functions.values() if "ReservedConcurrentExecutions" in f["Properties"]]
 
 
-def test_predict_starts_cold_and_without_versions(either: Templates) -> None:
-    assert not either.serving.of_type("Lambda::Version")
-    assert not either.serving.of_type("Lambda::Alias")
+def called(serving: Template) -> set[str]:
+    """Logical ids of what the API's routes to predict call, and of what it may: they have to be the same."""
+    methods = methods_of(serving)
+    uris = {flat(methods[route]["Integration"]["Uri"]) for route in [("POST", "setup"), ("POST", "predict"), ("GET", "versions")]}
+    permissions = [p["Properties"]["FunctionName"] for p in serving.of_type("Lambda::Permission").values()]
+    authorizer = serving.id_of(serving.functions["authorize"])
+    permitted = {flat(name).strip("<>").removesuffix(".Arn") for name in permissions} - {authorizer}
+    assert all(any(f"<{id}" in uri for id in permitted) for uri in uris)
+    return permitted
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    folder = tmp_path_factory.mktemp("at-once")
+    return synthesize(context_of(folder, deployment="at once"), folder / "out").serving
+
+
+def test_predict_starts_cold(either: Templates) -> None:
     assert "SnapStart" not in either.serving.functions["predict"]["Properties"]
+    assert not [a for a in either.serving.of_type("Lambda::Alias").values() if "ProvisionedConcurrencyConfig" in a["Properties"]]
+
+
+def test_a_laptop_calls_predict_itself_and_has_nothing_of_codedeploy(local: Templates) -> None:
+    serving = local.serving
+    assert called(serving) == {serving.id_of(serving.functions["predict"])}
+    for kind in ("Lambda::Version", "Lambda::Alias", "CodeDeploy::Application", "CodeDeploy::DeploymentGroup"):
+        assert not serving.of_type(kind)
+
+
+def test_a_new_version_gets_a_tenth_of_the_requests_until_five_minutes_passed_without_an_alarm(prod: Templates) -> None:
+    serving = prod.serving
+    (group_id, found), ((alias_id, alias),) = (
+        next(iter(serving.of_type("CodeDeploy::DeploymentGroup").items())),
+        serving.of_type("Lambda::Alias").items(),
+    )
+    group = found["Properties"]
+    (version,) = serving.of_type("Lambda::Version")
+    assert called(serving) == {alias_id}
+    assert alias["Properties"]["FunctionVersion"] == {"Fn::GetAtt": [version, "Version"]}
+    assert alias["UpdatePolicy"] == {
+        "CodeDeployLambdaAliasUpdate": {"ApplicationName": group["ApplicationName"], "DeploymentGroupName": {"Ref": group_id}}
+    }
+    assert serving.only("CodeDeploy::Application")["Properties"]["ComputePlatform"] == "Lambda"
+    assert group["DeploymentConfigName"] == "CodeDeployDefault.LambdaCanary10Percent5Minutes"
+    alarm = serving.only("CloudWatch::Alarm", MetricName="5XXError")
+    assert group["AlarmConfiguration"] == {"Alarms": [{"Name": {"Ref": serving.id_of(alarm)}}], "Enabled": True}
+    taken_back = {"DEPLOYMENT_FAILURE", "DEPLOYMENT_STOP_ON_ALARM", "DEPLOYMENT_STOP_ON_REQUEST"}
+    assert group["AutoRollbackConfiguration"]["Enabled"] is True
+    assert set(group["AutoRollbackConfiguration"]["Events"]) == taken_back
+
+
+def test_a_failed_request_rings_within_the_window(either: Templates) -> None:
+    """The API's own count: predict answers its errors itself, with 500, and Lambda counts those as successes."""
+    serving = either.serving
+    alarm = serving.only("CloudWatch::Alarm", MetricName="5XXError")["Properties"]
+    assert (alarm["Namespace"], alarm["Statistic"], alarm["Threshold"]) == ("AWS/ApiGateway", "Sum", 1)
+    assert (alarm["Period"], alarm["EvaluationPeriods"], alarm["TreatMissingData"]) == (60, 1, "notBreaching")
+    assert alarm["Dimensions"] == [{"Name": "ApiName", "Value": serving.only("ApiGateway::RestApi")["Properties"]["Name"]}]
+
+
+def test_codedeploy_may_move_this_alias_and_no_other(prod: Templates) -> None:
+    serving = prod.serving
+    group = serving.only("CodeDeploy::DeploymentGroup")
+    role = group["Properties"]["ServiceRoleArn"]["Fn::GetAtt"][0]
+    assert "ManagedPolicyArns" not in serving.resources[role]["Properties"]
+    assert serving.resources[role]["Properties"]["AssumeRolePolicyDocument"]["Statement"] == [
+        {"Action": "sts:AssumeRole", "Effect": "Allow", "Principal": {"Service": "codedeploy.amazonaws.com"}}
+    ]
+    predict = serving.id_of(serving.functions["predict"])
+    granted = {
+        (action, flat(resource))
+        for statement in serving.statements(role)
+        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
+        for resource in (statement["Resource"] if isinstance(statement["Resource"], list) else [statement["Resource"]])
+    }
+    moving = {"lambda:GetAlias", "lambda:UpdateAlias", "lambda:GetProvisionedConcurrencyConfig"}
+    assert granted == {
+        *((action, f"<{predict}.Arn>{qualifier}") for action in moving for qualifier in ("", ":live")),
+        ("cloudwatch:DescribeAlarms", "arn:<AWS::Partition>:cloudwatch:<AWS::Region>:<AWS::AccountId>:alarm:*"),
+    }
+    (policy,) = (id for id, p in serving.of_type("IAM::Policy").items() if {"Ref": role} in p["Properties"]["Roles"])
+    assert policy in group["DependsOn"], "a deployment may follow at once"
+
+
+def test_a_stage_may_move_to_a_new_version_at_once(at_once: Template) -> None:
+    ((alias_id, alias),) = at_once.of_type("Lambda::Alias").items()
+    assert called(at_once) == {alias_id}
+    assert "UpdatePolicy" not in alias
+    assert not at_once.of_type("CodeDeploy::DeploymentGroup")
+    assert at_once.only("CloudWatch::Alarm", MetricName="5XXError")
+
+
+def test_a_changed_model_is_a_new_version_although_only_a_layer_differs(prod: Templates, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "model_configs", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def version() -> str:
+        context = {**context_of(tmp_path), "model_configs": str(tmp_path / "models")}
+        (found,) = synthesize(context, tmp_path / "out").serving.of_type("Lambda::Version")
+        return found
+
+    before = version()
+    assert before == next(iter(prod.serving.of_type("Lambda::Version"))), "the same code, somewhere else"
+    template = tmp_path / "models" / "digits" / "labeling_template.xml"
+    template.write_text(f"{template.read_text()}\n")
+    assert version() != before
 
 
 @pytest.mark.parametrize("predict_start", ["snapshot", 3])
@@ -182,10 +285,6 @@ def test_predict_can_be_started_ahead(predict_start: str | int, tmp_path: Path) 
     assert predict["Properties"].get("SnapStart") == ({"ApplyOn": "PublishedVersions"} if predict_start == "snapshot" else None)
     ready = {"ProvisionedConcurrentExecutions": 3} if predict_start == 3 else None
     assert alias["Properties"].get("ProvisionedConcurrencyConfig") == ready
-    for route in ("setup", "predict", "versions"):
-        uri = next(m for (_, path), m in methods_of(serving).items() if path == route)["Integration"]["Uri"]
-        assert f"<{alias_id}>" in flat(uri)
-    granted = [p["Properties"]["FunctionName"] for p in serving.of_type("Lambda::Permission").values()]
-    assert granted.count({"Ref": alias_id}) == 3
-    assert {"Ref": serving.id_of(predict)} not in granted
+    assert called(serving) == {alias_id}
+    assert "CodeDeployLambdaAliasUpdate" in alias["UpdatePolicy"], "the same alias, moved the same way"
     assert "SnapStart" not in serving.functions["authorize"]["Properties"]

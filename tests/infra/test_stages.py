@@ -152,6 +152,7 @@ def test_a_wrong_context_value_is_named(context: dict[str, str], key: str, tmp_p
         ({"reserved_concurrency": "no"}, "prod.reserved_concurrency", "Expected `bool`, got `str`"),
         ({"predict_start": "warm"}, "prod.predict_start", "Invalid enum value 'warm'"),
         ({"predict_start": 0}, "prod.predict_start", ">= 1"),
+        ({"deployment": "at-once"}, "prod.deployment", "Invalid enum value 'at-once'"),
         ({"retention": {"log_days": 31}}, "prod.retention.log_days", "Invalid enum value 31"),
         ({"retention": {"days": 31}}, "prod.retention", "unknown key 'days'"),
         ({"training_network": {"subnets": ["subnet-1"]}}, "prod.training_network", "'security_groups' is missing"),
