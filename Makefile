@@ -4,7 +4,8 @@
 UV_VERSION := 0.11.33
 # An answer counts, not a file: a shim may be there for another Python only.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.uv/bin/uv)
-RUN := $(UV) run
+# Compiled here and not by every `uv run`, which would take seconds and say so each time.
+RUN := $(UV) run --compile-bytecode
 # Two processes: what shares a stack of servers stays in one of them, in order (tests/conftest.py says what does).
 PYTEST := $(RUN) pytest -n 2 --dist loadscope --no-loadscope-reorder
 ARGS ?=
