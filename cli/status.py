@@ -137,7 +137,7 @@ class Status(msgspec.Struct, kw_only=True):
     which the champion accepts, None while none is precise enough.
 
     `takeovers`: changes of the champion, the latest first. `left_out`: annotated tasks that the last snapshot could not use,
-    by reason. `progress`: of what is `running`.
+    by reason, or those for whose sake a due training does not start. `progress`: of what is `running`.
     """
 
     model: str
@@ -186,9 +186,14 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
     if progress and progress.problem:
         problems.append(progress.problem)
     coming = None
+    left_out = max((t.job for t in trainings), key=lambda job: job.started_at).snapshot.skipped if trainings else {}
     if work.annotated is not None:
         decision = decide(config.retrain, head, work.annotated, datetime.now(UTC))
         coming = NextTraining(due_at=decision.due_at, now=decision.train, reason=decision.reason)
+        found = head.left_out if decision.train else None
+        if found and found.annotated == work.annotated:  # the last look counted the same, and looked closer
+            usable = f"{found.usable:,} of {found.annotated:,} annotated tasks can be trained on"
+            coming, left_out = msgspec.structs.replace(coming, now=False, reason=usable), found.reasons
     return Status(
         model=model,
         problem_type=config.problem_type,
@@ -225,7 +230,7 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
             for training in trainings
             if training.status in ("failed", "stopped")
         ],
-        left_out=max((t.job for t in trainings), key=lambda job: job.started_at).snapshot.skipped if trainings else {},
+        left_out=left_out,
         problems=problems,
     )
 
@@ -367,7 +372,7 @@ def _of_the_work(status: Status) -> Iterator[_Fact]:
 
 
 def _of_the_trainings(status: Status) -> Iterator[_Fact]:
-    if status.next_training is not None:
+    if status.next_training is not None and not status.running:
         due = "at the next look" if status.next_training.now else f"at {status.next_training.due_at:,} annotations"
         yield "next training", f"{due} ({status.next_training.reason})", ""
     if status.running:
@@ -377,7 +382,7 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
     if status.versions and (timing := status.versions[-1].timing):
         yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
-        yield "left out", f"{count:,} annotated tasks of the last training ({reason})", ""
+        yield "left out", f"{count:,} of the annotated tasks ({reason})", ""
     for failed in status.failures:
         yield "failed", f"{failed.job_name}, {moment(failed.ended_at or '?')}: {failed.reason}", "red"
     for problem in status.problems:

@@ -334,6 +334,28 @@ def test_annotations_that_cannot_be_trained_on_do_not_count(loop: Loop) -> None:
     assert outcome.started is None
     assert outcome.reason.startswith("99 annotations of 100; left out: ")
     assert "2 classes are chosen" in outcome.reason
+    found = loop.ledger.head("digits").left_out
+    assert found is not None
+    assert (found.annotated, found.usable, list(found.reasons.values())) == (100, 99, [1])
+    assert "2 classes are chosen" in next(iter(found.reasons))
+
+    loop.annotate(101)
+    assert loop.look().started
+    loop.launcher.end("Completed")
+    loop.decide()
+    loop.look()
+    assert loop.ledger.head("digits").left_out is None
+
+
+def test_of_many_reasons_the_ledger_keeps_the_commonest(loop: Loop) -> None:
+    loop.annotate(90)
+    loop.label_studio.annotated += [examples.annotated_task(500 + each, f"class {each}") for each in range(9)]
+    loop.label_studio.annotated.append(examples.annotated_task(600, "class 7"))
+    loop.look()
+    found = loop.ledger.head("digits").left_out
+    assert found is not None
+    assert (found.annotated, found.usable, len(found.reasons)) == (100, 90, 5)
+    assert max(found.reasons.values()) == 2
 
 
 def test_a_model_that_is_not_set_up_says_so(bucket: Bucket, ledger: Ledger) -> None:

@@ -148,7 +148,7 @@ def test_while_a_training_runs_the_request_waits_for_the_next(stage: Stage) -> N
     stage.start(first)
 
     def remember() -> None:
-        stage.ledger.remember_asked(stage.ledger.head("digits"), asked=True)
+        stage.ledger.remember(stage.ledger.head("digits"), asked=True)
         stage.answer(Outcome(None, "job-1 is running", remembered=True))
 
     stage.meanwhile = [
@@ -168,10 +168,10 @@ def test_a_request_that_was_remembered_for_nothing_ends(stage: Stage) -> None:
     stage.start(job(1))
 
     def forget() -> None:
-        stage.ledger.remember_asked(stage.ledger.head("digits"), asked=False)
+        stage.ledger.remember(stage.ledger.head("digits"), asked=False)
 
     def remember() -> None:
-        stage.ledger.remember_asked(stage.ledger.head("digits"), asked=True)
+        stage.ledger.remember(stage.ledger.head("digits"), asked=True)
         stage.answer(Outcome(None, "job-1 is running", remembered=True))
 
     stage.meanwhile = [remember, forget]

@@ -25,6 +25,7 @@ from labelloop.records import (
     GateRules,
     Interval,
     LabelsSaved,
+    LeftOut,
     Promotion,
     ReviewCase,
     Scored,
@@ -128,6 +129,10 @@ def said(status: Status, width: int = 300) -> list[str]:
     file = io.StringIO()
     show(status, Console(file=file, width=width))
     return file.getvalue().splitlines()
+
+
+def stripped(stage: Stage) -> list[str]:
+    return [line.rstrip() for line in said(stage.status())]
 
 
 def drawn(number: int, label: str, version: int, kept: str) -> AnnotatedTask:
@@ -290,6 +295,18 @@ def test_a_label_studio_that_is_down_costs_only_its_own_figures(busy: Stage) -> 
     assert [v.version for v in status.versions] == [1, 2, 3]
     assert status.problems == ["Label Studio does not answer"]
     assert any(line.startswith("problem") for line in said(status))
+
+
+def test_a_training_that_is_due_by_the_count_alone_says_what_is_left_out(stage: Stage) -> None:
+    stage.label_studio.annotated = [examples.annotated_task(number, "1") for number in range(100)]
+    assert "next training  at the next look (100 annotations, due at 100)" in stripped(stage)
+    left_out = LeftOut(annotated=100, usable=99, reasons={"2 classes are chosen": 1})
+    stage.ledger.remember(stage.ledger.head("digits"), asked=False, left_out=left_out)
+    lines = stripped(stage)
+    assert "next training  at 100 annotations (99 of 100 annotated tasks can be trained on)" in lines
+    assert "left out       1 of the annotated tasks (2 classes are chosen)" in lines
+    stage.label_studio.annotated.append(examples.annotated_task(100, "1"))
+    assert "next training  at the next look (101 annotations, due at 100)" in stripped(stage), "nobody looked since"
 
 
 def test_json_holds_all_of_it(busy: Stage) -> None:

@@ -23,6 +23,7 @@ from labelloop.records import (
     Erasure,
     Head,
     Job,
+    LeftOut,
     Promotion,
     Record,
     ReviewCase,
@@ -93,9 +94,10 @@ class Ledger:
         self._advance(head, after, training)
         return after
 
-    def remember_asked(self, head: Head, *, asked: bool) -> None:
-        """Note that a training was asked for, or that it no longer is. Raises `ConflictError`."""
-        self._advance(head, msgspec.structs.replace(head, sequence=head.sequence + 1, asked=asked), None)
+    def remember(self, head: Head, *, asked: bool, left_out: LeftOut | None = None) -> None:
+        """Note whether a training is asked for, and why one that was due did not start. Raises `ConflictError`."""
+        after = msgspec.structs.replace(head, sequence=head.sequence + 1, asked=asked, left_out=left_out)
+        self._advance(head, after, None)
 
     def trainings(self, model: str) -> list[Training]:
         """All trainings, the earliest first."""

@@ -344,10 +344,21 @@ class Failure(Record, frozen=True, kw_only=True):
     no_machine: bool = False  # AWS had none to spare: nothing is wrong with the job, which is tried again
 
 
+class LeftOut(Record, frozen=True, kw_only=True):
+    """Why a training that was due by the count of annotated tasks did not start: only `usable` of them could be trained on.
+
+    `reasons`: number of tasks by reason, the commonest ones.
+    """
+
+    annotated: int
+    usable: int
+    reasons: dict[str, int]
+
+
 class Head(Record, frozen=True, kw_only=True):
     """The ledger's head of a model. `sequence` counts changes: writing demands the one that was read.
 
-    `asked`: somebody pressed Start Training while no training could start.
+    `asked`: somebody pressed Start Training while no training could start. `left_out`: what the last look found, if it did.
     """
 
     model: str
@@ -356,6 +367,7 @@ class Head(Record, frozen=True, kw_only=True):
     trained: Trained | None = None
     failure: Failure | None = None
     asked: bool = False
+    left_out: LeftOut | None = None
 
 
 class Training(Record, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -26,11 +27,12 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.policy import Decision, decide
 from labelloop.promotion import judge_live
-from labelloop.records import Answer, Failure, Head, Job, Trained, Training, TrainingStatus, now
+from labelloop.records import Answer, Failure, Head, Job, LeftOut, Trained, Training, TrainingStatus, now
 from labelloop.snapshot_index import SnapshotIndex
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
 _READING_SECONDS = 180.0  # of Label Studio, in one look; the rest of the function's time is for what comes after
+_REASONS = 5  # why annotated tasks were left out, the commonest: there may be one for each
 _TRIES = 5  # of a look that another one got ahead of
 ASKED = "START_TRAINING"  # Label Studio's button
 SCHEDULE = "SCHEDULE"
@@ -41,7 +43,8 @@ TRAINING_FAILED = "training failed"  # in the log, where the stage's alarm looks
 class Outcome:
     """What a reconcile did: the job it started, or why it did not. `remembered`: one was asked for, and comes later.
 
-    `annotated`: tasks, None where nobody counted. `acceptance`: of annotations that were read for the first time.
+    `annotated`: tasks, None where nobody counted. `acceptance`: of annotations that were read for the first time. `left_out`:
+    of a training that was due by the count alone.
     """
 
     started: str | None
@@ -49,6 +52,7 @@ class Outcome:
     remembered: bool = False
     annotated: int | None = field(default=None, compare=False)
     acceptance: Acceptance = field(default=NONE_SEEN, compare=False)
+    left_out: LeftOut | None = field(default=None, compare=False)
 
 
 class Reconciler:
@@ -99,11 +103,11 @@ class Reconciler:
         busy = self._busy(model, head)
         if busy:
             if asked and not head.asked:  # somebody pressed Start Training: once there is room for it
-                self._ledger.remember_asked(head, asked=True)
+                self._ledger.remember(head, asked=True)
             return Outcome(None, busy, remembered=asked)
         outcome = self._train_if_due(model, head, asked=asked)
-        if head.asked and outcome.started is None:
-            self._ledger.remember_asked(head, asked=False)
+        if outcome.started is None and (head.asked or head.left_out != outcome.left_out):
+            self._ledger.remember(head, asked=False, left_out=outcome.left_out)
         return outcome
 
     def _follow_shadow(self, model: str) -> None:
@@ -179,18 +183,21 @@ class Reconciler:
             snapshot_index.opened(self._bucket, folder, project, Path(scratch), log=self._log) as index,
         ):
             index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
-            outcome = self._train_what_is_new(head, folder, index, Path(scratch) / "manifest.jsonl", asked=asked)
+            manifest = Path(scratch) / "manifest.jsonl"
+            outcome = self._train_what_is_new(head, folder, index, annotated, manifest, asked=asked)
             return replace(outcome, annotated=annotated, acceptance=index.acceptance)
 
     def _train_what_is_new(
-        self, head: Head, folder: ModelFolder, index: SnapshotIndex, manifest: Path, *, asked: bool
+        self, head: Head, folder: ModelFolder, index: SnapshotIndex, annotated: int, manifest: Path, *, asked: bool
     ) -> Outcome:
         model = folder.config.name
         with manifest.open("wb") as rows:
             snapshot = index.freeze(rows, f"s3://{self._bucket.name}/{artifacts.manifest_key(model, '{digest}')}")
         decision = self._decide(model, head, snapshot.n_annotations, asked=asked)
         if not decision.train:  # some annotated tasks cannot be trained on
-            return Outcome(None, f"{decision.reason}; left out: {snapshot.skipped}")
+            reasons = dict(Counter(snapshot.skipped).most_common(_REASONS))
+            left_out = LeftOut(annotated=annotated, usable=snapshot.n_annotations, reasons=reasons)
+            return Outcome(None, f"{decision.reason}; left out: {reasons}", left_out=left_out)
         tries = [training for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest]
         trained = next((one.job.job_name for one in tries if one.status == "completed"), None)
         if trained is not None:  # perhaps not the last: a label may be changed and changed back
