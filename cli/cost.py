@@ -611,6 +611,8 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, facts: St
 
     if stage == LOCAL:
         raise ConfigError("cost", "the laptop's stack costs nothing; name a stage of AWS, such as prod", "stage")
+    if not facts.label_studio and not facts.label_studio_url:  # it costs nothing here, and the stacks would warn of it
+        facts = msgspec.structs.replace(facts, label_studio_url="https://label-studio.invalid")
     context = json.loads((ROOT / "cdk.json").read_text(encoding="utf-8"))["context"]
     with tempfile.TemporaryDirectory(prefix="labelloop-") as folder:
         for name in names:

@@ -498,7 +498,8 @@ def setup_label_studio_project(
         return
     for change in done.changes or ["nothing to change"]:
         console.print(change, highlight=False, soft_wrap=True)
-    console.print(f"project {done.project} is set up", highlight=False, soft_wrap=True)
+    address = f"{deployment.label_studio_url}/projects/{done.project}"
+    console.print(f"project {done.project} is set up: {address}", highlight=False, soft_wrap=True)
 
 
 @_command("upload-images pets 'photos/**/*.jpg' --dry-run")
