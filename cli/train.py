@@ -92,10 +92,16 @@ def _on_machine(config: ModelConfig, instance_type: str | None, spot: bool | Non
 
 
 def _last_snapshot(deployment: Deployment, model: str) -> Snapshot:
-    trainings = deployment.ledger.trainings(model)
-    if not trainings:
-        raise NotSetUpError(f"{model} has no snapshot yet; annotate until its first training, or run: labelloop retrain {model}")
-    return trainings[-1].job.snapshot
+    """The newest that is still what it was: an erasure takes images out of manifests, which jobs refuse then."""
+    erased = {digest for erasure in deployment.ledger.erasures(model) for digest in erasure.snapshots}
+    snapshots = [training.job.snapshot for training in deployment.ledger.trainings(model)]
+    whole = [snapshot for snapshot in snapshots if snapshot.digest not in erased]
+    if not whole:
+        why = "images of all its snapshots were erased" if snapshots else "it has no snapshot yet"
+        raise NotSetUpError(
+            f"{model} cannot be trained: {why}; annotate until its next training, or run: labelloop retrain {model}"
+        )
+    return whole[-1]
 
 
 def _settings(deployment: Deployment) -> Settings:

@@ -49,6 +49,19 @@ def test_a_password_changes_while_label_studio_goes_on(loop: Loop, first_version
     assert _labelloop(loop, "setup-label-studio-project", "digits")["changes"] == []
 
 
+def test_a_training_of_ones_own_leaves_the_loop_alone(loop: Loop, first_version: Promotion) -> None:
+    wait_for(lambda: loop.deployment.ledger.head("digits").running is None, 120, "no training runs")
+    before, known = loop.champion, loop.job_names()
+    done = _labelloop(loop, "train", "digits", "--instance", "ml.m5.xlarge", "--on-demand")
+    assert (done["instance_type"], done["metric"]) == ("ml.m5.xlarge", "accuracy")
+    assert (done["version"] > before.version, done["value"] > 0.5, done["difference"] is not None) == (True, True, True)
+    asked = boto3.client("sagemaker").describe_training_job(TrainingJobName=done["job_name"])
+    assert asked["ResourceConfig"]["InstanceType"] == "ml.m5.xlarge"
+    wait_until_idle(loop, "PromoteQueue")
+    assert (loop.champion, loop.deployment.ledger.promotion("digits", done["job_name"])) == (before, None)
+    assert loop.job_names() == known, "the ledger knows nothing of it"
+
+
 def test_an_erased_image_is_nowhere_and_its_versions_are_named(loop: Loop, first_version: Promotion) -> None:
     image, task = loop.annotator.tasks[0]
     example = next(one for one in loop.data if loop.address(one) == image)
@@ -72,19 +85,6 @@ def test_an_erased_image_is_nowhere_and_its_versions_are_named(loop: Loop, first
     assert json.loads(rebuilt.stdout)["erased"]
     again = _labelloop(loop, "erase", "digits", "--image", example.name, "--yes")
     assert (again["images"], again["objects"], again["files"]) == ([], 0, 0)
-
-
-def test_a_training_of_ones_own_leaves_the_loop_alone(loop: Loop, first_version: Promotion) -> None:
-    wait_for(lambda: loop.deployment.ledger.head("digits").running is None, 120, "no training runs")
-    before, known = loop.champion, loop.job_names()
-    done = _labelloop(loop, "train", "digits", "--instance", "ml.m5.xlarge", "--on-demand")
-    assert (done["instance_type"], done["metric"]) == ("ml.m5.xlarge", "accuracy")
-    assert (done["version"] > before.version, done["value"] > 0.5, done["difference"] is not None) == (True, True, True)
-    asked = boto3.client("sagemaker").describe_training_job(TrainingJobName=done["job_name"])
-    assert asked["ResourceConfig"]["InstanceType"] == "ml.m5.xlarge"
-    wait_until_idle(loop, "PromoteQueue")
-    assert (loop.champion, loop.deployment.ledger.promotion("digits", done["job_name"])) == (before, None)
-    assert loop.job_names() == known, "the ledger knows nothing of it"
 
 
 def test_dead_letters_go_back_and_are_worked_off(loop: Loop) -> None:

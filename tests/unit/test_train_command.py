@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from labelloop.records import Erasure
 from tests import examples
 from tests.deployed import STAGE, Stage, deployed
 
@@ -22,7 +23,7 @@ def stage(aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 def test_before_the_first_snapshot_it_says_what_to_do(stage: Stage) -> None:
     done = CliRunner().invoke(app, ["train", "digits", "--stage", STAGE])
     assert done.exception is not None
-    assert "digits has no snapshot yet" in str(done.exception)
+    assert "it has no snapshot yet; annotate" in str(done.exception)
 
 
 def test_a_function_that_cannot_be_looked_at_starts_nothing(stage: Stage) -> None:
@@ -31,3 +32,14 @@ def test_a_function_that_cannot_be_looked_at_starts_nothing(stage: Stage) -> Non
     assert done.exception is not None
     assert "retrain-of-dev cannot be looked at" in str(done.exception)
     assert json.loads(done.stdout or "null") is None
+
+
+def test_a_snapshot_that_an_image_was_erased_from_is_not_trained_on(stage: Stage) -> None:
+    stage.train(100, 0.9)
+    digests = {training.job.digest: "0" * 64 for training in stage.ledger.trainings("digits")}
+    assert digests
+    stage.ledger.record_erasure(
+        Erasure(model="digits", at="2026-01-01T00:00:00+00:00", by="a", reason="b", images=[], snapshots=digests)
+    )
+    done = CliRunner().invoke(app, ["train", "digits", "--stage", STAGE])
+    assert "images of all its snapshots were erased" in str(done.exception)
