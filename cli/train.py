@@ -21,7 +21,7 @@ from labelloop import artifacts
 from labelloop.errors import NotSetUpError, ServiceError, TrainingServiceError
 from labelloop.launcher import Launcher
 from labelloop.model_config import ModelConfig, ModelFolder
-from labelloop.promotion import unpack
+from labelloop.promotion import in_points, unpack
 from labelloop.records import METRIC_TITLES, Interval, Job, Metric, Snapshot, now
 from labelloop.settings import Settings
 
@@ -152,10 +152,7 @@ def show(done: Trial, console: Console) -> None:
     """What came of it, for a person."""
     lines = [f"{done.job_name} runs on {done.instance_type}; MLflow shows its epochs"]
     if done.metric and done.value is not None:
-        versus = ""
-        if done.difference:
-            points = [f"{100 * number:+.1f}" for number in (done.difference.value, done.difference.low, done.difference.high)]
-            versus = f"; {points[0]} points to the champion ({points[1]} to {points[2]})"
+        versus = f"; to the champion {in_points(done.difference)}" if done.difference else ""
         lines = [
             f"version {done.version} of {done.model} in MLflow: {METRIC_TITLES[done.metric]} {done.value:.1%} "
             f"on {done.holdout_images:,} holdout images{versus}",

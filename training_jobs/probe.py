@@ -53,6 +53,7 @@ def look(fresh: nn.Module, folder: ModelFolder, card: ModelCard, train: Examples
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layer = heads.to(device).eval().last_layer(to_network(torch.from_numpy(train.pixels[:1]).to(device)))
     if layer is None:
+        log.info("no linear probe: the network does not end in one linear layer with a bias")
         return None
     kept = Kept(cache, f"features/{recipe(card)}-{_digest(fresh, layer, folder)}", "features") if cache else None
     features = np.empty((len(train), layer.in_features), dtype=np.float32)

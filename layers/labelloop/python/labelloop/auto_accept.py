@@ -17,8 +17,7 @@ import msgspec
 
 from labelloop import problem_types
 from labelloop.active_learning import stream_of
-from labelloop.dataset import split_of
-from labelloop.errors import AnnotationError
+from labelloop.dataset import answer_of_a_person, split_of
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.label_studio.payloads import AnnotatedTask, PredictTask, model_annotation_id
 from labelloop.ledger import Ledger
@@ -167,12 +166,8 @@ def _look(folder: ModelFolder, version: int, project: int, ledger: Ledger, label
 
 def _compared(audit: Audit, task: AnnotatedTask | None, folder: ModelFolder) -> Audit:
     """The audit with its outcome, where a person has annotated the task in a way that can be read."""
-    annotation = task.latest if task is not None and task.shows(audit.sha256) else None
-    if audit.right is not None or annotation is None or annotation.by_model:
+    answer = answer_of_a_person(task, audit.sha256, folder)
+    if audit.right is not None or answer is None:
         return audit
-    problem_type = problem_types.of(folder.config.problem_type)
-    try:
-        said = problem_type.annotated(annotation, folder.label_config)
-    except AnnotationError:
-        return audit
-    return msgspec.structs.replace(audit, right=problem_type.agrees(audit.predicted, said))
+    _, said = answer
+    return msgspec.structs.replace(audit, right=problem_types.of(folder.config.problem_type).agrees(audit.predicted, said))

@@ -10,8 +10,8 @@ from labelloop import problem_types
 from labelloop.errors import AnnotationError, ImageError
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation
-from labelloop.model_config import ModelConfig, Splits
-from labelloop.records import ManifestRow, Split
+from labelloop.model_config import ModelConfig, ModelFolder, Splits
+from labelloop.records import ManifestRow, Region, Split
 
 _FIRST_8_BYTES = struct.Struct(">Q")
 
@@ -64,6 +64,17 @@ def row_of(task: AnnotatedTask, annotation: Annotation, config: ModelConfig, lab
         seen=annotation.seen(config.name),
         by_model=annotation.by_model,
     )
+
+
+def answer_of_a_person(task: AnnotatedTask | None, sha256: str, folder: ModelFolder) -> tuple[Annotation, list[Region]] | None:
+    """The annotation that counts and what it says, where a person has annotated the image in a way that can be read."""
+    annotation = task.latest if task is not None and task.shows(sha256) else None
+    if annotation is None or annotation.by_model:
+        return None
+    try:
+        return annotation, problem_types.of(folder.config.problem_type).annotated(annotation, folder.label_config)
+    except AnnotationError:
+        return None
 
 
 def _unfit_for(split: Split, task: AnnotatedTask, annotation: Annotation, splits: Splits) -> str | None:

@@ -36,7 +36,7 @@ _REASONS = 5  # why annotated tasks were left out, the commonest: there may be o
 _TRIES = 5  # of a look that another one got ahead of
 ASKED = "START_TRAINING"  # Label Studio's button
 SCHEDULE = "SCHEDULE"
-TRAINING_FAILED = "training failed"  # in the log, where the stage's alarm looks for it
+TRAINING_FAILED = "training failed"  # in the log, where the stage's dashboard counts it
 
 
 @dataclass(frozen=True)

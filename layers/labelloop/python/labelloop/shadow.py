@@ -16,8 +16,7 @@ from itertools import chain
 import msgspec
 
 from labelloop import problem_types, proportions
-from labelloop.dataset import split_of
-from labelloop.errors import AnnotationError
+from labelloop.dataset import answer_of_a_person, split_of
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.ledger import Ledger
@@ -68,14 +67,11 @@ def score(
 
 def _scored(pair: ShadowPair, task: AnnotatedTask, folder: ModelFolder) -> Scored | None:
     """Which of the two was right, where a person has annotated the task in a way that can be read."""
-    annotation = task.latest if task.shows(pair.sha256) else None
-    if annotation is None or annotation.by_model:
+    answer = answer_of_a_person(task, pair.sha256, folder)
+    if answer is None:
         return None
+    annotation, said = answer
     problem_type = problem_types.of(folder.config.problem_type)
-    try:
-        said = problem_type.annotated(annotation, folder.label_config)
-    except AnnotationError:
-        return None
     return Scored(
         answered_at=annotation.updated_at,
         scored_at=now(),
