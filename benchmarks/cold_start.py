@@ -38,7 +38,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from infra_cdk.constructs.layers import library_folder, model_configs_folder
+from infra_cdk.constructs.layers import function_folder, library_folder, model_configs_folder
 from infra_cdk.dependency_build import DependencyBuild, host_platform
 from infra_cdk.sources import FUNCTIONS, LAYERS, ROOT
 from labelloop.artifacts import champion_key, onnx_key
@@ -139,7 +139,8 @@ def packages() -> Iterator[dict[str, Package]]:
         for function in sorted(path.parent.name for path in FUNCTIONS.glob("*/handler.py")):
             layers = ["core", *(["inference"] if function in WITH_INFERENCE else []), "library", "configs"]
             opt = _opt(scratch / function, [python[name] for name in layers])
-            found[function] = Package((FUNCTIONS / function, opt, runtime), environment)
+            task = Path(stack.enter_context(function_folder(function, compiled=True)))
+            found[function] = Package((task, opt, runtime), environment)
         yield found
 
 

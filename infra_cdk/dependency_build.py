@@ -265,9 +265,9 @@ class _Segment(NamedTuple):
         return range(self.offset, self.offset + self.length)
 
 
-def compile_sources(target: Path, *, legacy: bool) -> None:
-    """Byte code for the sources below `target`, a layer's `python/`: Lambda could not write any, and unpacking would outdate an
-    ordinary one. `legacy`: next to the source, where it is found without it. Raises `LocalServiceError`.
+def compile_sources(target: Path, *, legacy: bool, at: str = "/opt/python") -> None:
+    """Byte code for the sources below `target`, which lie in `at` on Lambda: it could not write any, and unpacking would outdate
+    an ordinary one. `legacy`: next to the source, where it is found without it. Raises `LocalServiceError`.
     """
     if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
         raise LocalServiceError("layers", f"Python {PYTHON} has to compile its own byte code; this is {sys.version.split()[0]}")
@@ -276,7 +276,7 @@ def compile_sources(target: Path, *, legacy: bool) -> None:
         quiet=2,
         legacy=legacy,
         stripdir=str(target),
-        prependdir="/opt/python",
+        prependdir=at,
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
     if not compiled:

@@ -28,7 +28,7 @@ def assembled(parts: Mapping[str, Path | bytes]) -> Iterator[str]:
             if isinstance(source, bytes):
                 target.write_bytes(source)
             elif source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LITTER))
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LITTER), dirs_exist_ok=True)
             else:
                 shutil.copyfile(source, target)
         yield folder

@@ -6,7 +6,6 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop import aws
@@ -14,13 +13,14 @@ from labelloop.artifacts import Bucket, Champions
 from labelloop.ingest import Ingest
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
+from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.redelivery import Redelivery
 from labelloop.settings import Settings
 
-logger = Logger()
-redelivery = Redelivery(log=logger.warning)
+log = Log()
+redelivery = Redelivery(log=log.warning)
 
 
 @cache
@@ -37,13 +37,13 @@ def ingest() -> Ingest:
     )
 
 
-@logger.inject_lambda_context
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     outcome = ingest()((record["messageId"], record["body"]) for record in event["Records"])
-    logger.info("ingested", tasks=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
+    log.info("ingested", tasks=len(outcome.created), known=len(outcome.known), again=len(outcome.again))
     for key, reason in outcome.refused.items():
-        logger.warning("refused", key=key, reason=reason)
+        log.warning("refused", key=key, reason=reason)
     for reason, messages in Counter(outcome.again.values()).items():
-        logger.error("comes again", messages=messages, reason=reason)
+        log.error("comes again", messages=messages, reason=reason)
     answer = {"batchItemFailures": [{"itemIdentifier": message} for message in outcome.again]}
     return redelivery(event, answer, dict)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gc
 
-gc.set_threshold(20_000)  # what is loaded is no garbage, and looking for some took a tenth of a cold start
+gc.set_threshold(100_000)  # what is loaded is no garbage, and looking for some took a tenth of a cold start
 
 import base64
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from aws_lambda_powertools import Logger
-from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import LabelloopError, RequestError, UnknownModelError, http_status
+from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.predict import Elsewhere, Predictor, TaskPredictor
 from labelloop.settings import Settings
 
-logger = Logger()
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+log = Log()
 if Settings().starts_ahead:
     import labelloop.inference  # noqa: F401 - otherwise the first prediction's, so that setup is answered sooner
 
@@ -34,7 +36,7 @@ def connect(settings: Settings) -> Any:
 def elsewhere(settings: Settings) -> Elsewhere:
     from labelloop.fan_out import FanOut  # boto3: only for large requests, and for what is late
 
-    return FanOut.connect(settings.predict_part_function, settings.prelabel_queue, log=logger.warning)
+    return FanOut.connect(settings.predict_part_function, settings.prelabel_queue, log=log.warning)
 
 
 @cache
@@ -43,30 +45,30 @@ def predictor() -> Predictor:
     champions = Champions(Bucket(settings.artifacts_bucket))
     images, url = Bucket(settings.images_bucket), settings.label_studio_url
     tasks = TaskPredictor(configs, images, champions, partial(connect, settings), label_studio_url=url)
-    return Predictor(configs, champions, tasks, cache(partial(elsewhere, settings)), log=logger.warning)
+    return Predictor(configs, champions, tasks, cache(partial(elsewhere, settings)), log=log.warning)
 
 
-@logger.inject_lambda_context(clear_state=True)
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     model = event["pathParameters"]["model"]
-    logger.append_keys(model=model)
+    log.keep(model=model)
     try:
         match event["resource"].rpartition("/")[2]:
             case "setup":
                 return _answer(200, predictor().setup(model, _body(event)))
             case "predict":
                 response = predictor().predict(model, _body(event), seconds=context.get_remaining_time_in_millis() / 1000)
-                logger.info("predicted", tasks=len(response.results), version=response.model_version)
+                log.info("predicted", tasks=len(response.results), version=response.model_version)
                 return _answer(200, response)
             case "versions":
                 return _answer(200, predictor().versions(model))
             case route:
                 raise UnknownModelError(f"there is no route {route!r}")
     except LabelloopError as error:
-        logger.warning("refused", reason=str(error), error=type(error).__name__)
+        log.warning("refused", reason=str(error), error=type(error).__name__)
         return _answer(http_status(error), {"error": str(error)})
     except Exception:
-        logger.exception("failed")
+        log.exception("failed")
         return _answer(500, {"error": "labelloop failed; its log knows why", "request_id": context.aws_request_id})
 
 

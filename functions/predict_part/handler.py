@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from aws_lambda_powertools import Logger
-from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.artifacts import Bucket, Champions
+from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.predict import Part, PartPredictor, TaskPredictor
 from labelloop.settings import Settings
 
-logger = Logger()
+if TYPE_CHECKING:
+    from aws_lambda_powertools.utilities.typing import LambdaContext
+
+log = Log()
 
 
 def connect(settings: Settings) -> Any:
@@ -29,13 +31,13 @@ def predictor() -> PartPredictor:
     images, champions = Bucket(settings.images_bucket), Champions(Bucket(settings.artifacts_bucket))
     url = settings.label_studio_url
     tasks = TaskPredictor(ModelConfigs.find(), images, champions, partial(connect, settings), label_studio_url=url)
-    return PartPredictor(tasks, log=logger.warning)
+    return PartPredictor(tasks, log=log.warning)
 
 
-@logger.inject_lambda_context(clear_state=True)
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
     part = msgspec.convert(event, Part)
-    logger.append_keys(model=part.champion.model)
+    log.keep(model=part.champion.model)
     results = predictor()(part)
-    logger.info("predicted a part", tasks=len(results), late=results.count(None), version=part.champion.version)
+    log.info("predicted a part", tasks=len(results), late=results.count(None), version=part.champion.version)
     return {"results": msgspec.to_builtins(results)}

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools import single_metric
 from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
@@ -17,6 +17,7 @@ from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
+from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.predict import TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabeller
@@ -25,9 +26,9 @@ from labelloop.records import TaskRange
 from labelloop.redelivery import Redelivery
 from labelloop.settings import Settings
 
-logger = Logger()
+log = Log()
 processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
-redelivery = Redelivery(log=logger.warning)
+redelivery = Redelivery(log=log.warning)
 
 
 @cache
@@ -36,7 +37,7 @@ def prelabeller() -> Prelabeller:
     label_studio, champions = connect(settings), Champions(Bucket(settings.artifacts_bucket))
     images, url = Bucket(settings.images_bucket), settings.label_studio_url
     predictor = TaskPredictor(ModelConfigs.find(), images, champions, lambda: label_studio, label_studio_url=url)
-    return Prelabeller(champions, Ledger(settings.ledger_table), label_studio, predictor, log=logger.warning)
+    return Prelabeller(champions, Ledger(settings.ledger_table), label_studio, predictor, log=log.warning)
 
 
 @cache
@@ -51,17 +52,17 @@ def prelabel(record: SQSRecord) -> None:
         if outcome.unsettled:
             queue().send([tasks], delay=SETTLED)
     except LabelloopError as error:
-        logger.error("comes again", model=tasks.model, reason=str(error), error=type(error).__name__)
+        log.error("comes again", model=tasks.model, reason=str(error), error=type(error).__name__)
         raise
     drift = outcome.drift.figures if outcome.drift else {}
     if drift:
         with single_metric(name="Drift", unit=MetricUnit.NoUnit, value=max(drift.values())):
             pass
     told = {**vars(outcome), "drift": drift}
-    logger.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome=told)
+    log.info("prelabelled", model=tasks.model, after=tasks.after, upto=tasks.upto, outcome=told)
 
 
-@logger.inject_lambda_context
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
     answer = process_partial_response(event, prelabel, processor, context)
     return redelivery(event, dict(answer), TaskRange)

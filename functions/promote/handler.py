@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools import single_metric
 from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
@@ -17,6 +17,7 @@ from labelloop.announcements import announce
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
+from labelloop.log import Log
 from labelloop.mlflow_token import MlflowToken
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
@@ -24,9 +25,9 @@ from labelloop.redelivery import Redelivery
 from labelloop.registry import Registry
 from labelloop.settings import Settings
 
-logger = Logger()
+log = Log()
 processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
-redelivery = Redelivery(log=logger.warning)
+redelivery = Redelivery(log=log.warning)
 
 
 @cache
@@ -46,13 +47,13 @@ def decide(record: SQSRecord) -> None:
     try:
         promotion = promoter().decide(signal.model, signal.job_name)
     except LabelloopError as error:
-        logger.error("comes again", model=signal.model, reason=str(error), error=type(error).__name__)
+        log.error("comes again", model=signal.model, reason=str(error), error=type(error).__name__)
         raise
     if promotion is None:
-        logger.info("no model to decide about", model=signal.model, job_name=signal.job_name)
+        log.info("no model to decide about", model=signal.model, job_name=signal.job_name)
     else:
         told = ("version", "reason", "metric", "value", "n_annotations")
-        logger.info(promotion.verdict, model=signal.model, **{name: getattr(promotion, name) for name in told})
+        log.info(promotion.verdict, model=signal.model, **{name: getattr(promotion, name) for name in told})
         count(promotion)
 
 
@@ -69,7 +70,7 @@ def count(promotion: Promotion) -> None:
             metric.add_metadata("version", promotion.version)
 
 
-@logger.inject_lambda_context
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
     answer = process_partial_response(event, decide, processor, context)
     return redelivery(event, dict(answer), PromoteSignal)

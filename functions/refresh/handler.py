@@ -6,7 +6,6 @@ from functools import cache, partial
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger
 from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
 from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -17,6 +16,7 @@ from labelloop.credentials import backend_password
 from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
+from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.records import VersionJudged
@@ -24,9 +24,9 @@ from labelloop.redelivery import Redelivery
 from labelloop.refresh import Refresher
 from labelloop.settings import Settings
 
-logger = Logger()
+log = Log()
 processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
-redelivery = Redelivery(log=logger.warning)
+redelivery = Redelivery(log=log.warning)
 
 
 @cache
@@ -47,12 +47,12 @@ def take(record: SQSRecord) -> None:
     try:
         refreshed = refresher()(judged)
     except LabelloopError as error:
-        logger.error("comes again", model=judged.model, reason=str(error), error=type(error).__name__)
+        log.error("comes again", model=judged.model, reason=str(error), error=type(error).__name__)
         raise
-    logger.info("refreshed", model=judged.model, outcome=vars(refreshed))
+    log.info("refreshed", model=judged.model, outcome=vars(refreshed))
 
 
-@logger.inject_lambda_context
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> Any:
     answer = process_partial_response(event, take, processor, context)
     return redelivery(event, dict(answer), VersionJudged)

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from aws_lambda_powertools import Logger, single_metric
+from aws_lambda_powertools import single_metric
 from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from botocore.exceptions import BotoCoreError, ClientError
@@ -19,6 +19,7 @@ from labelloop.errors import LabelloopError, NotSetUpError, ServiceError, Unknow
 from labelloop.label_studio.access import connect
 from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
+from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.records import TrainingSignal
 from labelloop.redelivery import Redelivery
@@ -26,8 +27,8 @@ from labelloop.retrain import ASKED, SCHEDULE, Outcome, Reconciler
 from labelloop.settings import Settings
 from labelloop.watchdog import Watchdog
 
-logger = Logger()
-redelivery = Redelivery(log=logger.warning)
+log = Log()
+redelivery = Redelivery(log=log.warning)
 
 
 @cache
@@ -50,7 +51,7 @@ def reconciler() -> Reconciler:
         connect(settings),
         Launcher(settings),
         recall_promotion,
-        log=logger.info,
+        log=log.info,
     )
 
 
@@ -60,7 +61,7 @@ def watchdog() -> Watchdog:
     return Watchdog(Ledger(settings.ledger_table), connect(settings))
 
 
-@logger.inject_lambda_context
+@log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     messages: dict[str, list[tuple[str, TrainingSignal]]] = defaultdict(list)  # model → (message id, signal)
     failed: set[str] = set()
@@ -68,7 +69,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
         try:
             signal = msgspec.json.decode(record["body"], type=TrainingSignal)
         except (ValueError, RecursionError) as error:  # no JSON, no text, not of the type; nested too deep
-            logger.error("no training signal", message_id=record["messageId"], reason=str(error))
+            log.error("no training signal", message_id=record["messageId"], reason=str(error))
             failed.add(record["messageId"])
             continue
         for model in [signal.model] if signal.model else ModelConfigs.find().names:
@@ -79,15 +80,15 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             for request in {signal.request for _, signal in signals if signal.request}:
                 reconciler().answer(model, request, outcome)
         except (NotSetUpError, UnknownModelError) as error:  # asking again helps nobody: the schedule looks once it is set up
-            logger.warning("refused", model=model, reason=str(error), error=type(error).__name__)
+            log.warning("refused", model=model, reason=str(error), error=type(error).__name__)
         except LabelloopError as error:
-            logger.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
+            log.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
             failed.update(message for message, _ in signals)
         except Exception:  # a fault of ours; the other models' messages have nothing to do with it
-            logger.exception("failed", model=model)
+            log.exception("failed", model=model)
             failed.update(message for message, _ in signals)
         else:
-            logger.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
+            log.info("reconciled", model=model, signals=len(signals), started=outcome.started, reason=outcome.reason)
             count(model, outcome, idle=all(signal.action == SCHEDULE for _, signal in signals))
             if any(signal.action == SCHEDULE for _, signal in signals):
                 _watch(model)
@@ -116,4 +117,4 @@ def _watch(model: str) -> None:
     except LabelloopError as error:
         finding = str(error)
     if finding:
-        logger.warning("webhook", model=model, reason=finding)
+        log.warning("webhook", model=model, reason=finding)

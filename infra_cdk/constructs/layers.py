@@ -13,7 +13,7 @@ from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
 from infra_cdk.dependency_build import LAMBDA_PLATFORM, DependencyBuild, compile_sources, host_platform
-from infra_cdk.sources import LAYERS, LIBRARY, assembled
+from infra_cdk.sources import FUNCTIONS, LAYERS, LIBRARY, assembled
 from infra_cdk.stage import Stage
 from labelloop.model_config import ModelConfigs
 
@@ -36,8 +36,7 @@ class Layers(Construct):
     @cached_property
     def library(self) -> lambda_.LayerVersion:
         with library_folder(compiled=cdk.Stack.of(self).bundling_required) as folder:
-            sources = cdk.FileSystem.fingerprint(folder, exclude=["__pycache__"])  # byte code differs from one run to the next
-            return self._layer("Library", lambda_.Code.from_asset(folder, asset_hash=sources))
+            return self._layer("Library", compiled_code(folder))
 
     @cached_property
     def model_configs(self) -> lambda_.LayerVersion:
@@ -61,6 +60,20 @@ def library_folder(*, compiled: bool) -> Iterator[str]:
         if compiled:
             compile_sources(Path(folder) / "python", legacy=False)
         yield folder
+
+
+@contextmanager
+def function_folder(name: str, *, compiled: bool) -> Iterator[str]:
+    """A function's own code: its sources and, unless only synthesized, their byte code."""
+    with assembled({".": FUNCTIONS / name}) as folder:
+        if compiled:
+            compile_sources(Path(folder), legacy=False, at="/var/task")
+        yield folder
+
+
+def compiled_code(folder: str) -> lambda_.Code:
+    """The folder as an asset, which is another one when its sources are: byte code differs from one run to the next."""
+    return lambda_.Code.from_asset(folder, asset_hash=cdk.FileSystem.fingerprint(folder, exclude=["__pycache__"]))
 
 
 @contextmanager

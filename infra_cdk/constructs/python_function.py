@@ -11,8 +11,8 @@ from aws_cdk import aws_lambda as lambda_
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra_cdk.constructs.layers import compiled_code, function_folder
 from infra_cdk.nag import acknowledge, acknowledge_finding
-from infra_cdk.sources import FUNCTIONS, LITTER
 from infra_cdk.stage import Stage
 
 
@@ -41,29 +41,29 @@ class PythonFunction(lambda_.Function):
         log_group = logs.LogGroup(scope, f"{id}Log", retention=stage.log_retention, removal_policy=cdk.RemovalPolicy.DESTROY)
         role = iam.Role(scope, f"{id}Role", assumed_by=iam.ServicePrincipal("lambda.amazonaws.com"))
         log_group.grant_write(role)
-        super().__init__(
-            scope,
-            id,
-            description=description,
-            code=lambda_.Code.from_asset(str(FUNCTIONS / name), exclude=list(LITTER)),
-            handler="handler.handler",
-            runtime=lambda_.Runtime.PYTHON_3_13,
-            architecture=_architecture(stage),
-            environment={
-                "LABELLOOP_STAGE": stage.name,
-                "POWERTOOLS_SERVICE_NAME": name,
-                "POWERTOOLS_LOG_LEVEL": "INFO",
-                **environment,
-            },
-            layers=list(layers),
-            memory_size=memory_mb,
-            timeout=timeout,
-            role=role,
-            log_group=log_group,
-            tracing=lambda_.Tracing.ACTIVE,
-            reserved_concurrent_executions=concurrency,
-            snap_start=lambda_.SnapStartConf.ON_PUBLISHED_VERSIONS if snapshot else None,
-        )
+        with function_folder(name, compiled=cdk.Stack.of(scope).bundling_required) as folder:
+            super().__init__(
+                scope,
+                id,
+                description=description,
+                code=compiled_code(folder),
+                handler="handler.handler",
+                runtime=lambda_.Runtime.PYTHON_3_13,
+                architecture=_architecture(stage),
+                environment={
+                    "LABELLOOP_STAGE": stage.name,
+                    "POWERTOOLS_SERVICE_NAME": name,
+                    **environment,
+                },
+                layers=list(layers),
+                memory_size=memory_mb,
+                timeout=timeout,
+                role=role,
+                log_group=log_group,
+                tracing=lambda_.Tracing.ACTIVE,
+                reserved_concurrent_executions=concurrency,
+                snap_start=lambda_.SnapStartConf.ON_PUBLISHED_VERSIONS if snapshot else None,
+            )
         self.execution_role, self.memory_mb = role, memory_mb
         acknowledge(self, L1="Python 3.13 is what every layer and test is built for; the next version comes with its own change")
         acknowledge_finding(role, "AwsSolutions-IAM5[Resource::*]", reason="X-Ray's write actions know no resources")

@@ -165,7 +165,7 @@ def hostile(detector: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
     memory: dict[str, bytes] = {}
     monkeypatch.setattr(Bucket, "get_tagged", get_tagged)
     monkeypatch.setattr(detector, "memory", memory, raising=False)
-    monkeypatch.setattr(detector.handler.logger, "warning", lambda *_, **__: None)
+    monkeypatch.setattr(detector.handler.log, "warning", lambda *_, **__: None)
     return detector
 
 

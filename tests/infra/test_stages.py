@@ -23,7 +23,7 @@ from tests.infra.templates import LOCAL_CONTEXT, Template, Templates, context_of
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-EVERY_FUNCTION = {"LABELLOOP_STAGE", "POWERTOOLS_SERVICE_NAME", "POWERTOOLS_LOG_LEVEL"}
+EVERY_FUNCTION = {"LABELLOOP_STAGE", "POWERTOOLS_SERVICE_NAME"}
 THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
 
 

@@ -29,6 +29,21 @@ _TIFF = (b"II\x2a\0", b"II\0\x2a", b"MM\0\x2a", b"MM\x2a\0")
 _BIG_TIFF = (b"II\x2b\0", b"MM\0\x2b")
 
 
+_FORMATS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"RIFF": "WEBP",
+    b"BM": "BMP",
+    b"GIF8": "GIF",
+    **dict.fromkeys(_TIFF, "TIFF"),
+}
+
+
+def format_of(data: bytes) -> str | None:
+    """The one format that an image file can be of, by its first bytes; None where it is of none that is read."""
+    return next((name for prefix, name in _FORMATS.items() if data.startswith(prefix)), None)
+
+
 class BoundedReader(io.BytesIO):
     """A file that raises `ImageError` once it is read in too many pieces."""
 

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from importlib import import_module
 from threading import Lock
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image
 
 from labelloop.errors import ImageError
-from labelloop.image_headers import BoundedReader, kept_aside, webp_size
+from labelloop.image_headers import BoundedReader, format_of, kept_aside, webp_size
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000
 MAX_SIDE = 65_535  # pixels, as in a JPEG; resizing takes memory for each
 MAX_MEMORY = 208_000_000  # bytes that decoding one image may take: a WebP of 12 megapixels; a JPEG is decoded scaled
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_PLUGINS = {"JPEG": "Jpeg", "PNG": "Png", "WEBP": "WebP", "BMP": "Bmp", "GIF": "Gif", "TIFF": "Tiff"}  # of Pillow
+FORMATS = tuple(_PLUGINS)
 Mode = Literal["L", "RGB"]
-PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20  # bytes of comments that Pillow unpacks; its own limit is 64 MB
+_TEXT = 4 * 2**20  # bytes of a PNG's comments that Pillow unpacks; its own limit is 64 MB
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPRIGHT = {
@@ -41,10 +43,10 @@ _REDUCING_GAP = 1.1  # a picture twice this many times too large is first averag
 _BLOCK = 8 * 2**20  # bytes that decoders are handed at a time; a file below that is not copied for them
 _SMALL = 16_000_000  # bytes; several images of that are decoded at once, of the others one
 _LARGE_ONES = Lock()
+_UNKNOWN = f"not an image of a known format ({', '.join(FORMATS)}), or cut off"
 
 
-@dataclass(frozen=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """What an image is: its format and its size in pixels as a person sees it (EXIF rotation applied)."""
 
     format: str
@@ -52,11 +54,10 @@ class ImageInfo:
     height: int
 
 
-@dataclass(frozen=True)
-class _Opened:
+class _Opened(NamedTuple):
     """An image that is not decoded yet: its size in the file, before a JPEG is scaled, and the memory that decoding takes."""
 
-    image: Image.Image
+    image: ImageFile
     width: int
     height: int
     memory: int
@@ -73,7 +74,7 @@ class _Opened:
     @property
     def upright_size(self) -> tuple[int, int]:
         """As a person sees it. Pillow decodes a PNG for this, and turns a TIFF by itself."""
-        sideways = not isinstance(self.image, TiffImageFile) and _orientation(self.image) in _SIDEWAYS
+        sideways = self.image.format != "TIFF" and _orientation(self.image) in _SIDEWAYS
         return (self.height, self.width) if sideways else (self.width, self.height)
 
 
@@ -86,10 +87,9 @@ def survey(data: bytes) -> tuple[ImageInfo, Image.Image]:
     """What an image file is, and the image, upright, of no less than 64 × 64 pixels where it has them. Raises `ImageError`."""
     opened = _open(data, "RGB", (64, 64))
     image = opened.image
-    name = "JPEG" if isinstance(image, JpegImageFile) else image.format or ""  # Pillow names some JPEGs of phones "MPO"
     width, height = opened.upright_size
     decoded = _load(image, "RGB")
-    return ImageInfo(format=name, width=width, height=height), _turned(decoded, _orientation(image))
+    return ImageInfo(format=image.format or "", width=width, height=height), _turned(decoded, _orientation(image))
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -127,26 +127,39 @@ def _open(data: bytes, mode: Mode, least: tuple[int, int]) -> _Opened:
         raise ImageError(f"the file has {len(data) / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read")
     kept = kept_aside(data)
     _check_size(*(webp_size(data) or (1, 1)))
+    name = format_of(data)
+    if name is None:
+        raise ImageError(_UNKNOWN)
     try:
-        image = Image.open(BoundedReader(data), formats=FORMATS)
+        image = _read_header(name, data)
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image of a known format ({', '.join(FORMATS)}), or cut off") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
+    except SyntaxError:  # Pillow's word for a file that is not of the format
+        raise ImageError(_UNKNOWN) from None
     except Exception as error:
         raise ImageError(f"cannot be read: {_said(error)}") from error
     image.decodermaxblock = _BLOCK
     width, height = image.size
     _check_size(width, height)
-    if isinstance(image, JpegImageFile):
+    if name == "JPEG":
         image.draft(mode, (least[1], least[0]) if _orientation(image) in _SIDEWAYS else least)
     memory = kept + image.width * image.height * _bytes_a_pixel(image, mode)
     if memory > MAX_MEMORY:
         text = f"decoding takes {memory / 1e6:.0f} MB; at most {MAX_MEMORY // 1_000_000} MB are given to one image"
         raise ImageError(f"{text}; make it smaller, or a plain JPEG")
     return _Opened(image, width, height, memory)
+
+
+def _read_header(name: str, data: bytes) -> ImageFile:
+    """By the one format that it can be: `Image.open` would first import several, which is felt in a cold start.
+
+    Of the pictures that phones put behind each other in a JPEG it is the first.
+    """
+    plugin: Any = import_module(f"PIL.{_PLUGINS[name]}ImagePlugin")
+    if name == "PNG":
+        plugin.MAX_TEXT_MEMORY = _TEXT
+    image: ImageFile = getattr(plugin, f"{_PLUGINS[name]}ImageFile")(BoundedReader(data))
+    return image
 
 
 def _check_size(width: int, height: int) -> None:
@@ -169,7 +182,7 @@ def _bytes_a_pixel(image: Image.Image, mode: Mode) -> int:
         each += (4 if image.mode == "RGBA" else 8) + (mode == "L")
     elif image.mode != mode:
         each += 1 if mode == "L" else 4
-    if isinstance(image, TiffImageFile) and image.info.get("compression") != "raw":
+    if image.format == "TIFF" and image.info.get("compression") != "raw":
         each += 8  # a strip may be the whole picture
     return each
 

@@ -18,11 +18,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from threading import BoundedSemaphore, Condition, Lock
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -76,8 +74,7 @@ _LONGEST_KEY = 1024  # bytes, in S3
 _SEPARATOR = re.compile(r"[/\\?&=]")
 
 
-@dataclass(frozen=True)
-class Predicted:
+class Predicted(NamedTuple):
     """What a version says of a task: what annotators are shown and its form for Label Studio, how sure it is, its place in the
     queue, and the embedding, float32 `[D]`."""
 
@@ -104,7 +101,7 @@ class TaskPredictor:
         label_studio_url: str,
     ) -> None:
         self._configs, self._images, self._champions, self._connect = configs, images, champions, connect
-        self._label_studio_host = urlsplit(label_studio_url).netloc
+        self._label_studio_url = label_studio_url
         self._room = _Room(_ROOM)
         self._cores = BoundedSemaphore(os.process_cpu_count() or 1)
         self._loading, self._models = Lock(), ModelCache()
@@ -156,13 +153,8 @@ class TaskPredictor:
         address = image_address(task.data, folder.label_config.data_key)
         if address.startswith("s3://"):
             return self._fetch_from_bucket(folder.config.images_prefix, address, take)
-        try:
-            parts = urlsplit(address)
-        except ValueError as error:
-            raise ImageError(f"{_shown(address)} is no address: {str(error)[:_SHOWN]}") from error
-        ours = parts.scheme in ("http", "https") and parts.netloc == self._label_studio_host
-        if (ours or not (parts.scheme or parts.netloc)) and _is_upload(parts.path, parts.query):
-            path = parts.path + (f"?{parts.query}" if parts.query else "")
+        path = _path_of_upload(address, self._label_studio_url)
+        if path is not None:
             try:
                 try:
                     return self._label_studio.download(path, limit=_USUAL_BYTES)
@@ -438,10 +430,23 @@ def _nothing(reason: str, version: str, context: Any) -> Prediction | NotPredict
     return Prediction(result=[], score=0.0, model_version=version) if context else NotPredicted(reason)
 
 
-def _is_upload(path: str, query: str) -> bool:
-    """Whether a path is a file that Label Studio holds, with no step outside it, however often somebody decodes it."""
-    decoded = unquote(unquote(f"{path}?{query}"))
-    return path.startswith(("/data/upload/", "/data/local-files/")) and ".." not in _SEPARATOR.split(decoded)
+def _path_of_upload(address: str, label_studio_url: str) -> str | None:
+    """The path of a file that the Label Studio at `label_studio_url` holds; None of any other address. Raises `ImageError`.
+
+    There is no step outside in it, however often somebody decodes it.
+    """
+    from urllib.parse import unquote, urlsplit  # a hundredth of a cold start, and images in S3 need none of it
+
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise ImageError(f"{_shown(address)} is no address: {str(error)[:_SHOWN]}") from error
+    ours = parts.scheme in ("http", "https") and parts.netloc == urlsplit(label_studio_url).netloc
+    if not ours and (parts.scheme or parts.netloc):
+        return None
+    path = parts.path + (f"?{parts.query}" if parts.query else "")
+    outside = ".." in _SEPARATOR.split(unquote(unquote(path)))
+    return path if path.startswith(("/data/upload/", "/data/local-files/")) and not outside else None
 
 
 def _shown(address: str) -> str:

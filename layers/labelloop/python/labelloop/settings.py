@@ -28,6 +28,11 @@ class Settings:
         return self._get("LABELLOOP_STAGE")
 
     @property
+    def function(self) -> str:
+        """Which of the functions this is, as its log and its metrics name it; nothing outside of one."""
+        return self._environ.get("POWERTOOLS_SERVICE_NAME", "")
+
+    @property
     def images_bucket(self) -> str:
         return self._get("LABELLOOP_IMAGES_BUCKET")
 

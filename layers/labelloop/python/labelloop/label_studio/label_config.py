@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from labelloop.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Control:
+class Control(NamedTuple):
     """The control tag that a problem type is annotated with, and the attribute that it cannot do without.
 
     An absent attribute counts as Label Studio's `default`.
@@ -23,8 +22,7 @@ class Control:
     otherwise: str  # what any other value would let annotators do
 
 
-@dataclass(frozen=True)
-class LabelConfig:
+class LabelConfig(NamedTuple):
     """The parts of a label config that predictions and annotations name.
 
     `from_name` is the control tag, `to_name` the Image tag, `data_key` the task's key of the image address.
