@@ -27,12 +27,6 @@ if Settings().starts_ahead:
     import labelloop.inference  # noqa: F401 - otherwise the first prediction's, so that setup is answered sooner
 
 
-def connect(settings: Settings) -> Any:
-    from labelloop.label_studio.access import connect  # boto3: only for images that Label Studio itself holds
-
-    return connect(settings)
-
-
 def elsewhere(settings: Settings) -> Elsewhere:
     from labelloop.fan_out import FanOut  # boto3: only for large requests, and for what is late
 
@@ -43,8 +37,7 @@ def elsewhere(settings: Settings) -> Elsewhere:
 def predictor() -> Predictor:
     settings, configs = Settings(), ModelConfigs.find()
     champions = Champions(Bucket(settings.artifacts_bucket))
-    images, url = Bucket(settings.images_bucket), settings.label_studio_url
-    tasks = TaskPredictor(configs, images, champions, partial(connect, settings), label_studio_url=url)
+    tasks = TaskPredictor.of(settings, configs, champions)
     return Predictor(configs, champions, tasks, cache(partial(elsewhere, settings)), log=log.warning)
 
 

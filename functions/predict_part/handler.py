@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,19 +19,11 @@ if TYPE_CHECKING:
 log = Log()
 
 
-def connect(settings: Settings) -> Any:
-    from labelloop.label_studio.access import connect  # boto3: only for images that Label Studio itself holds
-
-    return connect(settings)
-
-
 @cache
 def predictor() -> PartPredictor:
     settings = Settings()
-    images, champions = Bucket(settings.images_bucket), Champions(Bucket(settings.artifacts_bucket))
-    url = settings.label_studio_url
-    tasks = TaskPredictor(ModelConfigs.find(), images, champions, partial(connect, settings), label_studio_url=url)
-    return PartPredictor(tasks, log=log.warning)
+    champions = Champions(Bucket(settings.artifacts_bucket))
+    return PartPredictor(TaskPredictor.of(settings, ModelConfigs.find(), champions), log=log.warning)
 
 
 @log.of_invocations

@@ -34,10 +34,9 @@ redelivery = Redelivery(log=log.warning)
 @cache
 def prelabeller() -> Prelabeller:
     settings = Settings()
-    label_studio, champions = connect(settings), Champions(Bucket(settings.artifacts_bucket))
-    images, url = Bucket(settings.images_bucket), settings.label_studio_url
-    predictor = TaskPredictor(ModelConfigs.find(), images, champions, lambda: label_studio, label_studio_url=url)
-    return Prelabeller(champions, Ledger(settings.ledger_table), label_studio, predictor, log=log.warning)
+    champions = Champions(Bucket(settings.artifacts_bucket))
+    predictor = TaskPredictor.of(settings, ModelConfigs.find(), champions)
+    return Prelabeller(champions, Ledger(settings.ledger_table), connect(settings), predictor, log=log.warning)
 
 
 @cache

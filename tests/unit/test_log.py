@@ -49,7 +49,8 @@ def test_what_is_kept_ends_with_the_invocation(lines: Any) -> None:
     assert handler({}, SimpleNamespace(aws_request_id="2")) == "done"
     first, second = lines()
     assert (first["function_request_id"], first["model"]) == ("1", "digits")
-    assert second["function_request_id"] == "2" and "model" not in second
+    assert second["function_request_id"] == "2"
+    assert "model" not in second
 
 
 def test_an_exception_brings_its_traceback(lines: Any) -> None:
@@ -60,4 +61,5 @@ def test_an_exception_brings_its_traceback(lines: Any) -> None:
         log.exception("failed", model="digits")
     (line,) = lines()
     assert (line["level"], line["model"]) == ("ERROR", "digits")
-    assert line["exception"].startswith("Traceback") and line["exception"].rstrip().endswith("ValueError: of this kind")
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].rstrip().endswith("ValueError: of this kind")

@@ -54,6 +54,7 @@ from labelloop.records import Champion, ModelCard, Region, version_string
 if TYPE_CHECKING:
     from labelloop.inference import Floats, Model
     from labelloop.label_studio.client import LabelStudioClient
+    from labelloop.settings import Settings
 
 POINTER_SECONDS = 3.0
 FETCH_THREADS = 32  # an image waits for S3, not for a core
@@ -106,6 +107,18 @@ class TaskPredictor:
         self._cores = BoundedSemaphore(os.process_cpu_count() or 1)
         self._loading, self._models = Lock(), ModelCache()
         _bound_kept_memory()
+
+    @classmethod
+    def of(cls, settings: Settings, configs: ModelConfigs, champions: Champions) -> TaskPredictor:
+        """With what a function's environment names."""
+
+        def connect() -> LabelStudioClient:
+            from labelloop.label_studio.access import connect  # boto3, which a prediction from S3 needs nothing of
+
+            return connect(settings)
+
+        images = Bucket(settings.images_bucket)
+        return cls(configs, images, champions, connect, label_studio_url=settings.label_studio_url)
 
     def predict(
         self, champion: Champion, tasks: Sequence[PredictTask], context: Any = None, *, until: float = math.inf
