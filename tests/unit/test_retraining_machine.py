@@ -687,10 +687,24 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labelloop.records.datetime", Clock)
     monkeypatch.setattr("labelloop.retrain.datetime", Clock)
     monkeypatch.setattr("labelloop.retrain.time", SimpleNamespace(sleep=lambda _: None))
+    moment = SimpleNamespace(time=lambda: Clock.moment.timestamp(), monotonic=lambda: Clock.moment.timestamp())
+    monkeypatch.setattr("labelloop.snapshot_index.time", moment)
 
 
 def test_whatever_happens_the_loop_comes_right() -> None:
     run(2_000)
+
+
+def test_an_index_that_took_two_looks_is_built_anew_an_hour_after_a_task_has_gone() -> None:
+    """Found by a random history, when the index's hour was the machine's and not the history's."""
+    state = RetrainingMachine()
+    state.begin(turns=1)
+    state.cut_the_index(left=0)
+    state.press_start(webhooks=1)
+    state.grow(calls=99, fault=Fault(7, "fails before"))
+    state.grow(calls=8, fault=None)
+    state.delete(pick=0, webhooks=0)
+    state.teardown()
 
 
 @pytest.mark.slow
