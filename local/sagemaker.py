@@ -34,12 +34,15 @@ from typing import Any
 
 import botocore.session
 import msgspec
+import obstore
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.validate import ParamValidator
+from obstore.store import S3Store
 
-from local.environment import ACCOUNT, LOOPBACK, REGION, aws_client, aws_environment, clean_environment
+from labelloop.artifacts import is_plain_key
+from local.environment import ACCOUNT, LOOPBACK, REGION, aws_client, aws_environment, clean_environment, s3_store
 from local.processes import ProcessRecord, start, stop
 
 EVENT_SOURCE = "labelloop.sagemaker"
@@ -51,6 +54,7 @@ _SYNC_S = 1.0
 _FAILURE_CHARACTERS = 1024
 _HYPERPARAMETER_CHARACTERS = 256
 _DOWNLOADS = 16
+_NOT_READ = (BotoCoreError, ClientError, obstore.exceptions.BaseError, FileNotFoundError)
 _TERMINAL = ("Completed", "Failed", "Stopped")
 _OPT_ML = re.compile(r"/opt/ml(?![\w.-])")
 _ECHOED = (
@@ -395,12 +399,13 @@ class Service:
     def _bring_back_checkpoints(self, uri: str, folder: Path) -> None:
         """Copies of the job's own: it writes there."""
         bucket, prefix = _bucket_and_key(uri)
+        store = s3_store(bucket, self._endpoint)
         try:
             for entry in _objects(self._s3, bucket, prefix):
                 target = folder / _path_below(prefix, entry["Key"])
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._s3.download_file(bucket, entry["Key"], str(target))
-        except (BotoCoreError, ClientError, Boto3Error) as error:
+                _fetch(store, entry["Key"], target)
+        except _NOT_READ as error:
             raise JobFailure(f"ClientError: Data download failed: {uri}: {error}") from error
 
     def _download(self, uri: str, target: Path) -> None:
@@ -413,18 +418,19 @@ class Service:
                     f'ClientError: Data download failed:No S3 objects found under S3 URL "{uri}" given in input data source.'
                 )
             wanted = [(entry["Key"], entry["ETag"], target / _path_below(prefix, entry["Key"])) for entry in found]
+            store = s3_store(bucket, self._endpoint)
             with ThreadPoolExecutor(_DOWNLOADS) as pool:
-                list(pool.map(lambda each: self._place(bucket, *each), wanted))
-        except (BotoCoreError, ClientError) as error:
+                list(pool.map(lambda each: self._place(store, bucket, *each), wanted))
+        except _NOT_READ as error:
             raise JobFailure(f"ClientError: Data download failed: {uri}: {error}") from error
 
-    def _place(self, bucket: str, key: str, tag: str, target: Path) -> None:
+    def _place(self, store: S3Store, bucket: str, key: str, tag: str, target: Path) -> None:
         """One object at `target`, as a hard link to a copy that is kept by bucket, key and entity tag."""
         kept = self._home / "objects" / sha256("\0".join((bucket, key, tag)).encode()).hexdigest()
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             scratch = kept.with_suffix(f".{threading.get_ident()}")
-            self._s3.download_file(bucket, key, str(scratch))
+            _fetch(store, key, scratch)
             scratch.chmod(0o444)  # a job that wrote into its input would change what the next one reads
             scratch.replace(kept)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -568,6 +574,12 @@ def _objects(s3: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:
     return [entry for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
 
 
+def _fetch(store: S3Store, key: str, target: Path) -> None:
+    with target.open("wb") as file:
+        for piece in obstore.get(store, key):
+            file.write(piece)
+
+
 def _bucket_and_key(uri: str) -> tuple[str, str]:
     """SageMaker takes an address literally: nothing in it is percent-encoded."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
@@ -578,7 +590,7 @@ def _path_below(prefix: str, key: str) -> PurePosixPath:
     """Where an object lies in a channel's folder: below the prefix, or its base name when the prefix is the whole key."""
     folder = prefix if prefix.endswith("/") else f"{prefix}/"
     path = PurePosixPath(key.removeprefix(folder) if key.startswith(folder) else key[prefix.rfind("/") + 1 :])
-    if ".." in path.parts or path.is_absolute():
+    if not is_plain_key(key):
         raise JobFailure(f"ClientError: Data download failed: the key {key!r} does not name a file below the channel's folder")
     return path
 

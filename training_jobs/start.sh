@@ -26,4 +26,4 @@ PYTHON
   fi
 fi
 
-exec python -m training_jobs.train
+exec python -m training_jobs

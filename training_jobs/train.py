@@ -1,6 +1,6 @@
 """The training job: load → build → fit → export → look at images that were not trained on → evaluate → record.
 
-`python -m training_jobs.train` runs in the container; docs/architecture.md ("A training job") has its contract.
+`python -m training_jobs` runs in the container; docs/architecture.md ("A training job") has its contract.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def timing_metrics(timing: Timing) -> dict[str, float]:
 
 
 def main() -> int:
-    """Run the job; whatever fails leaves a reason for a person in the failure file."""
+    """Run the job; whatever fails leaves a reason for a person in the failure file. The process's exit status."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
     log.setLevel(logging.INFO)
     exit_when_stopped()
@@ -338,7 +338,3 @@ def main() -> int:
         report_failure(folder, f"{type(error).__name__}: {error}")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

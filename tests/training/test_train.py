@@ -210,7 +210,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_to_the_same_weights(
 ) -> None:
     job = OptMl(tmp_path).lay_out(images, rows, job_name="job-stopped")
     with subprocess.Popen(
-        [sys.executable, "-m", "training_jobs.train"],
+        [sys.executable, "-m", "training_jobs"],
         cwd=REPOSITORY,
         env=job_environment(job, mlflow_url, configs),
         stdout=subprocess.PIPE,
@@ -234,6 +234,21 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_to_the_same_weights(
 
     assert run_here(job) == 0
     assert _logits(job, images).tobytes() == _logits(finished, images).tobytes()
+
+
+def test_a_failed_job_ends_with_1_and_its_reason_in_the_log(mlflow_url: str, tmp_path: Path) -> None:
+    job = OptMl(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "training_jobs"],
+        cwd=REPOSITORY,
+        env=job_environment(job, mlflow_url),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    assert ended.stdout.startswith("the hyperparameters cannot be read: ")
+    assert job.failure == ended.stdout.strip()
 
 
 def test_a_dead_mlflow_server_fails_the_job(

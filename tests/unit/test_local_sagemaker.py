@@ -230,7 +230,7 @@ def test_a_job_sees_the_container_contract_and_leaves_an_archive_and_an_event(st
 
 def test_a_changed_object_reaches_the_next_job_and_an_unchanged_one_is_not_fetched_again(standin: StandIn) -> None:
     uri = f"s3://{BUCKET}/again"
-    for key, body in (("again/same", b"one"), ("again/changed", b"old")):
+    for key, body in (("again/same", b"one"), ("again/changed", b"old"), ("again/empty", b"")):
         standin.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
     standin.create("again-1", LIST_EVERYTHING, InputDataConfig=[channel("data", uri)])
     standin.wait("again-1")
@@ -238,7 +238,7 @@ def test_a_changed_object_reaches_the_next_job_and_an_unchanged_one_is_not_fetch
     standin.s3.put_object(Bucket=BUCKET, Key="again/changed", Body=b"new")
     standin.create("again-2", LIST_EVERYTHING, InputDataConfig=[channel("data", uri)])
     files = json.loads(model_of(standin, standin.wait("again-2"))["seen"])[0]
-    assert (files["input/data/data/same"], files["input/data/data/changed"]) == ("one", "new")
+    assert [files[f"input/data/data/{name}"] for name in ("same", "changed", "empty")] == ["one", "new", ""]
     assert len(list((standin.home / "objects").iterdir())) == before + 1
 
 
@@ -263,6 +263,13 @@ def test_a_channel_without_objects_fails_the_job(standin: StandIn) -> None:
     standin.create("empty", "pass", InputDataConfig=[channel("data", f"s3://{BUCKET}/nothing/here/")])
     reason = standin.wait("empty")["FailureReason"]
     assert reason.startswith("ClientError: Data download failed:No S3 objects found")
+
+
+def test_a_key_that_names_no_file_fails_the_job(standin: StandIn) -> None:
+    standin.s3.put_object(Bucket=BUCKET, Key="strange//a.png", Body=b"1")
+    standin.create("strange", "pass", InputDataConfig=[channel("data", f"s3://{BUCKET}/strange/")])
+    reason = standin.wait("strange")["FailureReason"]
+    assert reason.startswith("ClientError: Data download failed: the key 'strange//a.png' does not name a file")
 
 
 SAVE_AND_WAIT = "import pathlib, time; pathlib.Path('/opt/ml/model/half').write_text('1'); time.sleep(600)"
