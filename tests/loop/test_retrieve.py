@@ -32,7 +32,7 @@ def predicted(loop: Loop, tasks: list[ListedTask]) -> list[int]:
 
 
 def listed_when_predicted(loop: Loop) -> list[ListedTask]:
-    """All tasks, once a promotion's own predictions have come: later ones would be a second one of the same version beside ours."""
+    """All tasks, once a promotion's own predictions have come: later, they would stand beside those that are asked for."""
 
     def listed() -> list[ListedTask]:
         tasks = loop.listed()

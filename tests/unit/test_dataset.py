@@ -145,7 +145,8 @@ def test_the_manifest_is_ordered_jsonl_that_reads_back() -> None:
     lines = manifest.splitlines()
     assert manifest.endswith(b"\n")
     read = [msgspec.json.decode(line, type=ManifestRow) for line in lines]
-    assert [row.sha256 for row in read] == sorted(sha256(str(number)) for number in range(30))
+    assert [row.task for row in read] == sorted(row.task for row in read)
+    assert [row.sha256 for row in read] == [sha256(str(number)) for number in range(30)]
     assert snapshot.n_annotations == 30 == snapshot.n_train + snapshot.n_validation + snapshot.n_test
     assert Counter(row.split for row in read)["test"] == snapshot.n_test > 0
     assert snapshot.manifest == f"s3://artifacts/snapshots/digits/{snapshot.digest}/manifest.jsonl"

@@ -19,7 +19,7 @@ from labelloop.acceptance import Acceptance
 from labelloop.errors import LabelStudioError, ServiceError, StorageError
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
-from labelloop.records import Snapshot
+from labelloop.records import ManifestRow, Snapshot
 from labelloop.snapshot_index import FORMAT, freeze, opened
 from tests import examples
 from tests.examples import DIGITS, LABELS, annotated_task, sha256
@@ -136,10 +136,21 @@ def test_the_format_is_raised_when_rows_are_made_otherwise() -> None:
         made(40, "d", [("1", "2026-01-01T00:00:00Z", True, False)]),
     ]
     digest = freeze(some, DIGITS, LABELS)[0].digest
-    assert (FORMAT, digest) == (2, "c8adc13887c4dbf1b615807b16dd07dbc69bc1c7184024409067bc6da016308e")
+    assert (FORMAT, digest) == (3, "0fa691b041eb3ce572a340f7bb4f7c48d37f1c1223676f93b643c01e1f139de3")
 
 
 # What is read
+
+
+def test_copies_count_once_in_whatever_blocks_they_lie() -> None:
+    later, latest = "2026-02-01T00:00:00Z", "2026-03-01T00:00:00Z"
+    first = {*range(1, 700, 50)}
+    copies = [*tasks(20, content="51", updated_at=later), *tasks(444, content="51", updated_at=latest)]
+    snapshot, manifest = freeze([*tasks(*first), *copies, *tasks(650, content="101", updated_at=later)], DIGITS, LABELS)
+    kept = [msgspec.json.decode(line, type=ManifestRow).task for line in manifest.splitlines()]
+    assert kept == sorted(first - {51, 101} | {444, 650})
+    assert (snapshot.n_annotations, snapshot.skipped) == (len(kept), {"another task shows the same image": 3})
+    assert snapshot.n_train + snapshot.n_validation + snapshot.n_test == len(kept)
 
 
 def test_only_what_changed_is_read_again() -> None:

@@ -6,6 +6,7 @@ Times are ISO 8601 in UTC. Shares, scores and the values of metrics lie between 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import msgspec
@@ -604,6 +605,7 @@ def version_string(model: str, version: int | None) -> str:
     return f"{model} v{version or 0}"
 
 
+@lru_cache
 def version_number(model: str, version: str) -> int | None:
     """The number in a version string of the model; None of anybody else's."""
     name, _, number = version.rpartition(" v")

@@ -1,7 +1,8 @@
 """The index of a model's annotated tasks, out of which snapshots are frozen: reading what is new costs what is new.
 
 A SQLite file that lies in the artifacts bucket between snapshots. It holds, for each annotated task, the encoded row of the
-manifest or the reason why there is none, so that a manifest is streamed out of it and memory stays flat: the disk sorts.
+manifest or the reason why there is none. Rows lie together as they stand in a manifest, a hundred and more at once: it is read
+and written block by block, nothing is sorted, and memory stays flat.
 
 It is a cache. Any index is whole in itself and says how far it has read, so an older one only reads more. What is damaged, of
 another format, or made with another configuration is built anew.
@@ -13,13 +14,14 @@ import hashlib
 import io
 import sqlite3
 import time
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
-from itertools import batched
+from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 import msgspec
 
@@ -32,26 +34,29 @@ from labelloop.label_studio.client import LabelStudioClient, Tally
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfig, ModelFolder
-from labelloop.records import Snapshot
+from labelloop.records import ManifestRow, Snapshot, Split
 
-FORMAT = 2  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
+FORMAT = 3  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
 _OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
 _REST_SECONDS = 3600  # between two readings of all that take several looks: else constant deletions would have them never end
 _CACHE_KB = 8_192
-_PAGE = 32_768
-_LINES = 200
+_PAGE = 8_192
+_BLOCK = 200  # ids of tasks, as many as an answer of Label Studio's has
+_COPY = "another task shows the same image"
 _TABLES = """
 CREATE TABLE tasks (
   id INTEGER PRIMARY KEY,
   annotations INTEGER NOT NULL,  -- without skips
-  skipped TEXT,                  -- why there is no row
-  sha256 TEXT,
-  weight TEXT,                   -- of tasks with the same content the one with the greatest counts
-  split TEXT,
-  line BLOB                      -- of the manifest, without its end
+  place TEXT NOT NULL,           -- its split, or why it has no row
+  content INTEGER,               -- a checksum of the image's hash: copies have the same
+  changed TEXT                   -- when the annotation that counts was
+);
+CREATE TABLE blocks (
+  number INTEGER PRIMARY KEY,
+  lines BLOB NOT NULL            -- of the manifest, by task
 );
 CREATE TABLE progress (
   project INTEGER NOT NULL,
@@ -62,6 +67,10 @@ CREATE TABLE progress (
   ended REAL NOT NULL DEFAULT 0  -- when a reading of all that took several looks ended, in Unix time
 );
 """
+
+
+class _Line(msgspec.Struct):
+    task: int
 
 
 class SnapshotIndex:
@@ -89,7 +98,9 @@ class SnapshotIndex:
 
     def clear(self) -> None:
         """Make it an empty index."""
-        self._database.executescript(f"DROP TABLE IF EXISTS tasks; DROP TABLE IF EXISTS progress; {_TABLES}")
+        self._database.executescript(
+            f"DROP TABLE IF EXISTS tasks; DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS progress; {_TABLES}"
+        )
         self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, self._made_with))
         self._database.execute(f"PRAGMA user_version={FORMAT}")
 
@@ -134,10 +145,12 @@ class SnapshotIndex:
             self._database.execute("UPDATE progress SET begun = ?", (begun,))
         changed_after = datetime.fromisoformat(since) - _OVERLAP if since else None
         for page in label_studio.annotated_tasks(self._project, since=changed_after, after=after):
+            self._database.execute("BEGIN")
             self.put(page)
+            self._database.execute("UPDATE progress SET after = ?", (page[-1].id,))
+            self._database.execute("COMMIT")
             if since is not None:  # what is read anew when an index is built has been counted before
                 self._count_accepted(page)
-            self._database.execute("UPDATE progress SET after = ?", (page[-1].id,))
             if time.monotonic() > until:
                 read = f"{self._counts[0]:,} of {there.tasks:,} annotated tasks" if since is None else "a part of what is new"
                 raise ServiceError(f"{read} are read, the next look goes on")
@@ -152,24 +165,31 @@ class SnapshotIndex:
         """Take in tasks as they are now; one without annotations goes."""
         entries: list[tuple[object, ...]] = []
         gone: list[tuple[int]] = []
+        blocks: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
         encode = msgspec.json.Encoder().encode
         for task in tasks:
-            annotation = task.latest
+            lines, annotation = blocks[task.id // _BLOCK], task.latest
+            lines[task.id] = b""
             if annotation is None:
                 gone.append((task.id,))
                 continue
             count = 1 if len(task.annotations) == 1 else len(task.counting)
             row = row_of(task, annotation, self._config, self._label_config)
             if isinstance(row, str):
-                entries.append((task.id, count, row, None, None, None, None))
+                entries.append((task.id, count, row, None, None))
                 continue
-            # A person's before the model's, then the one changed last; a space comes before all that a time holds.
-            weight = f"{'model' if row.by_model else 'person'} {annotation.updated_at} {annotation.unique_id}"
-            entries.append((task.id, count, None, row.sha256, weight, row.split, encode(row)))
-        self._database.execute("BEGIN")
-        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?, ?)", entries)
+            entries.append((task.id, count, row.split, zlib.crc32(row.sha256.encode()), annotation.updated_at))
+            lines[task.id] = encode(row) + b"\n"
+        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?)", entries)
         self._database.executemany("DELETE FROM tasks WHERE id = ?", gone)
-        self._database.execute("COMMIT")
+        for number, changed in blocks.items():
+            lines = self._lines(number) | changed
+            together = b"".join([line for _, line in sorted(lines.items())])
+            self._database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?)", (number, together))
+
+    def _lines(self, block: int) -> dict[int, bytes]:
+        found = self._database.execute("SELECT lines FROM blocks WHERE number = ?", (block,)).fetchone()
+        return _by_task(found[0]) if found else {}
 
     @property
     def _progress(self) -> tuple[str | None, str | None, int]:
@@ -191,27 +211,21 @@ class SnapshotIndex:
     # Freezing
 
     def freeze(self, manifest: BinaryIO, uri_of: str) -> Snapshot:
-        """Write the manifest, JSON lines ordered by content hash; `uri_of` is its address with `{digest}` in it.
+        """Write the manifest, JSON lines ordered by task; `uri_of` is its address with `{digest}` in it.
 
         One row an image: of several tasks with the same content the one annotated last counts, a person's before the model's.
         """
-        digest, splits = hashlib.sha256(), Counter[str]()
-        skipped = Counter[str](dict(self._database.execute(
-            "SELECT skipped, count(*) FROM tasks WHERE skipped IS NOT NULL GROUP BY skipped ORDER BY skipped"
-        )))  # fmt: skip
-        before = None
-        for rows in batched(self._rows(), _LINES, strict=False):
-            lines = []
-            for sha256, split, line in rows:
-                if sha256 == before:
-                    skipped["another task shows the same image"] += 1
-                    continue
-                before = sha256
-                splits[split] += 1
-                lines.append(line)
-            written = b"\n".join([*lines, b""])
-            digest.update(written)
-            manifest.write(written)
+        copies = self._copies()
+        splits = Counter[str]({split: self._number_in(split) for split in get_args(Split)})
+        splits.subtract(copies.values())
+        left_out = "SELECT place, count(*) FROM tasks WHERE content IS NULL GROUP BY place ORDER BY place"
+        skipped = dict(self._database.execute(left_out)) | ({_COPY: len(copies)} if copies else {})
+        digest, spoilt = hashlib.sha256(), {task // _BLOCK for task in copies}
+        for number, lines in self._database.execute("SELECT number, lines FROM blocks ORDER BY number"):
+            if number in spoilt:
+                lines = b"".join(line for task, line in _by_task(lines).items() if task not in copies)
+            digest.update(lines)
+            manifest.write(lines)
         return Snapshot(
             model=self._config.name,
             digest=digest.hexdigest(),
@@ -220,14 +234,41 @@ class SnapshotIndex:
             n_train=splits["train"],
             n_validation=splits["validation"],
             n_test=splits["test"],
-            skipped=dict(skipped),
+            skipped=skipped,
         )
 
-    def _rows(self) -> Iterator[tuple[str, str, bytes]]:
-        # The id decides between equals, whatever the order in which they came.
-        return self._database.execute(
-            "SELECT sha256, split, line FROM tasks WHERE line IS NOT NULL ORDER BY sha256, weight DESC, id"
-        )
+    def _number_in(self, split: Split) -> int:
+        return int(self._database.execute("SELECT count(*) FROM tasks WHERE place = ?", (split,)).fetchone()[0])
+
+    def _copies(self) -> dict[int, Split]:
+        """The tasks that do not count, as another one shows the same image, and their splits.
+
+        A person's annotation counts before the model's, then the one changed last; the id decides between equals.
+        """
+        # The index is made when all has been read, for that takes a fraction of the time that it takes task by task.
+        self._database.execute("CREATE INDEX IF NOT EXISTS contents ON tasks (content)")
+        same = "SELECT content FROM tasks GROUP BY content HAVING count(*) > 1"
+        perhaps = self._database.execute(f"SELECT id, changed FROM tasks WHERE content IN ({same}) ORDER BY id")  # noqa: S608
+        copies: dict[int, Split] = {}
+        best: dict[str, tuple[tuple[bool, str, str], int, Split]] = {}  # by content hash
+        for block, some in groupby(perhaps, key=lambda one: one[0] // _BLOCK):
+            lines = self._lines(block)
+            for task, changed in some:
+                row = msgspec.json.decode(lines[task], type=ManifestRow)
+                this = (not row.by_model, changed, row.annotation), task, row.split
+                other = best.get(row.sha256)
+                if other is None or this[0] > other[0]:
+                    best[row.sha256], other = this, other
+                else:
+                    other = this
+                if other is not None:
+                    copies[other[1]] = other[2]
+        return copies
+
+
+def _by_task(lines: bytes) -> dict[int, bytes]:
+    decode = msgspec.json.Decoder(_Line).decode
+    return {decode(line).task: line for line in lines.splitlines(keepends=True)}
 
 
 def freeze(
