@@ -35,7 +35,7 @@ _LISTED = 10  # problems named in full; the rest is counted
 
 @dataclass(frozen=True)
 class Examples:
-    """The images of one split, in the manifest's order: `pixels` uint8 `[N, height, width, channels]`."""
+    """The images of one split, ordered by content hash: `pixels` uint8 `[N, height, width, channels]`."""
 
     rows: list[ManifestRow]
     pixels: Pixels
@@ -66,7 +66,7 @@ def load(job: TrainingJob, config: ModelConfig, card: ModelCard, phases: Phases)
     to measure with, `ImageError` with all images that are missing or broken or have changed since.
     """
     phases.begin("read")
-    rows = _manifest(job)
+    rows = sorted(_manifest(job), key=lambda row: row.sha256)  # tasks may stand class by class; samples of them should not
     _check(rows, config)
     parts = {split: [row for row in rows if row.split == split] for split in _SPLITS}
     images = decode([row for part in parts.values() for row in part], job, config, card, phases)
