@@ -38,7 +38,8 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from infra_cdk.constructs.layers import function_folder, library_folder, model_configs_folder
+from infra_cdk.constructs.layers import library_folder, model_configs_folder
+from infra_cdk.constructs.python_function import function_folder
 from infra_cdk.dependency_build import DependencyBuild, host_platform
 from infra_cdk.sources import FUNCTIONS, LAYERS, ROOT
 from labelloop.artifacts import champion_key, onnx_key

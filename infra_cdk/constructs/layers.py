@@ -13,7 +13,7 @@ from aws_cdk import aws_lambda as lambda_
 from constructs import Construct
 
 from infra_cdk.dependency_build import LAMBDA_PLATFORM, DependencyBuild, compile_sources, host_platform
-from infra_cdk.sources import FUNCTIONS, LAYERS, LIBRARY, assembled
+from infra_cdk.sources import LAYERS, LIBRARY, assembled
 from infra_cdk.stage import Stage
 from labelloop.model_config import ModelConfigs
 
@@ -59,15 +59,6 @@ def library_folder(*, compiled: bool) -> Iterator[str]:
     with assembled({"python/labelloop": LIBRARY}) as folder:
         if compiled:
             compile_sources(Path(folder) / "python", legacy=False)
-        yield folder
-
-
-@contextmanager
-def function_folder(name: str, *, compiled: bool) -> Iterator[str]:
-    """A function's own code: its sources and, unless only synthesized, their byte code."""
-    with assembled({".": FUNCTIONS / name}) as folder:
-        if compiled:
-            compile_sources(Path(folder), legacy=False, at="/var/task")
         yield folder
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import aws_cdk as cdk
 from aws_cdk import aws_iam as iam
@@ -11,8 +13,10 @@ from aws_cdk import aws_lambda as lambda_
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
-from infra_cdk.constructs.layers import compiled_code, function_folder
+from infra_cdk.constructs.layers import compiled_code
+from infra_cdk.dependency_build import compile_sources
 from infra_cdk.nag import acknowledge, acknowledge_finding
+from infra_cdk.sources import FUNCTIONS, assembled
 from infra_cdk.stage import Stage
 
 
@@ -67,6 +71,15 @@ class PythonFunction(lambda_.Function):
         self.execution_role, self.memory_mb = role, memory_mb
         acknowledge(self, L1="Python 3.13 is what every layer and test is built for; the next version comes with its own change")
         acknowledge_finding(role, "AwsSolutions-IAM5[Resource::*]", reason="X-Ray's write actions know no resources")
+
+
+@contextmanager
+def function_folder(name: str, *, compiled: bool) -> Iterator[str]:
+    """A function's own code: its sources and, unless only synthesized, their byte code."""
+    with assembled({".": FUNCTIONS / name}) as folder:
+        if compiled:
+            compile_sources(Path(folder), legacy=False, at="/var/task")
+        yield folder
 
 
 def _architecture(stage: Stage) -> lambda_.Architecture:

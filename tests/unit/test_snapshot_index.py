@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from labelloop import artifacts, snapshot_index
 from labelloop.acceptance import Acceptance
+from labelloop.dataset import row_of
 from labelloop.errors import LabelStudioError, ServiceError, StorageError
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
@@ -151,6 +152,27 @@ def test_copies_count_once_in_whatever_blocks_they_lie() -> None:
     assert kept == sorted(first - {51, 101} | {444, 650})
     assert (snapshot.n_annotations, snapshot.skipped) == (len(kept), {"another task shows the same image": 3})
     assert snapshot.n_train + snapshot.n_validation + snapshot.n_test == len(kept)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.tuples(st.just("1"), TIMES, st.booleans(), st.just(False)).map(lambda one: [one]))
+    )
+)
+def test_of_copies_the_one_that_was_annotated_last_counts_a_persons_before_the_models(some: list[tuple[str, Any]]) -> None:
+    all_tasks = [made(50 * number, *task) for number, task in enumerate(some, 1)]
+    best: dict[str, tuple[tuple[bool, str, str, int], int]] = {}
+    for task in all_tasks:
+        counts = task.latest
+        row = row_of(task, counts, DIGITS, LABELS) if counts else "nobody has annotated it"
+        if counts is None or isinstance(row, str):
+            continue
+        this = (not row.by_model, counts.updated_at, counts.unique_id, -task.id), task.id
+        best[row.sha256] = max(best.get(row.sha256, this), this)
+    _, manifest = freeze(all_tasks, DIGITS, LABELS)
+    kept = [msgspec.json.decode(line, type=ManifestRow).task for line in manifest.splitlines()]
+    assert kept == sorted(task for _, task in best.values())
 
 
 def test_only_what_changed_is_read_again() -> None:

@@ -27,8 +27,6 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _TIFF = (b"II\x2a\0", b"II\0\x2a", b"MM\0\x2a", b"MM\x2a\0")
 _BIG_TIFF = (b"II\x2b\0", b"MM\0\x2b")
-
-
 _FORMATS = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",

@@ -1,6 +1,6 @@
 """A function's log: one JSON object a line on standard output, which Lambda puts into its log group.
 
-Powertools' Logger, which would write the same, is a tenth of predict's cold start.
+Powertools' Logger writes nearly the same; what importing it costs predict's start stands in docs/architecture.md ("Logs").
 """
 
 from __future__ import annotations

@@ -605,7 +605,7 @@ def version_string(model: str, version: int | None) -> str:
     return f"{model} v{version or 0}"
 
 
-@lru_cache
+@lru_cache  # a snapshot asks it for every task, and hears of a few versions
 def version_number(model: str, version: str) -> int | None:
     """The number in a version string of the model; None of anybody else's."""
     name, _, number = version.rpartition(" v")

@@ -1,8 +1,8 @@
 """The index of a model's annotated tasks, out of which snapshots are frozen: reading what is new costs what is new.
 
 A SQLite file that lies in the artifacts bucket between snapshots. It holds, for each annotated task, the encoded row of the
-manifest or the reason why there is none. Rows lie together as they stand in a manifest, a hundred and more at once: it is read
-and written block by block, nothing is sorted, and memory stays flat.
+manifest or the reason why there is none. Rows lie together as they stand in a manifest, in blocks of so many ids: it is read and
+written block by block, nothing is sorted, and memory stays flat, but for some hundred bytes of each image that has copies.
 
 It is a cache. Any index is whole in itself and says how far it has read, so an older one only reads more. What is damaged, of
 another format, or made with another configuration is built anew.
