@@ -45,7 +45,13 @@ class Detection:
         """COCO's average precision at an IoU of 0.5, over the 100 best boxes of an image; the mean over classes that have any."""
         strange = {region.label for regions in found for region in regions} - set(classes)
         names = [*classes, *sorted(strange)]
-        metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", iou_thresholds=[0.5], class_metrics=True)
+        metric = MeanAveragePrecision(
+            box_format="xyxy",
+            iou_type="bbox",
+            iou_thresholds=[0.5],
+            class_metrics=True,
+            sync_on_compute=False,  # of several ranks the first alone measures
+        )
         metric.update([_boxes(regions, names) for regions in found], [_boxes(row.regions, names) for row in rows])
         result = metric.compute()
         averages = zip(result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1).tolist(), strict=True)

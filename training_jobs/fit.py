@@ -26,7 +26,7 @@ from labelloop import problem_types
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard, Region
-from training_jobs import problem
+from training_jobs import problem, ranks
 from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.export import to_network
 from training_jobs.feed import Feed
@@ -103,8 +103,17 @@ def fit(
     """Train on the train split and return a network of the same kind with the averaged weights, in evaluation mode.
 
     `card` is the trained model's; `report` hears of every epoch. SIGTERM saves the state to `checkpoint` and ends the
-    process; a checkpoint of the same config is gone on from. Raises `ConfigError` when the loss is no number any more.
+    process; a checkpoint of the same config is gone on from. Several ranks share each batch. Raises `ConfigError` when the loss
+    is no number any more, or there are more ranks than images in a batch.
     """
+    if config.hyperparameters.batch_size < ranks.count():
+        raise ConfigError(
+            "config.yaml",
+            f"{config.hyperparameters.batch_size} images cannot be shared by the {ranks.count()} GPUs of the training instance; "
+            "raise it, or take a smaller training.instance_type",
+            "hyperparameters.batch_size",
+        )
+    ranks.share(ranks.Shared(data.train, config, card, checkpoint))
     training = _Training(network, data.train, config, augment)
     done = training.resume(checkpoint)
     epochs, steps = config.hyperparameters.epochs, training.steps_an_epoch
@@ -113,13 +122,14 @@ def fit(
             began, waited, losses = time.monotonic(), training.feed.waited, []
             first = max(done, epoch * steps)
             batches = training.batches(epoch)[first % steps :]
-            for step, (batch, images) in enumerate(zip(batches, training.feed.batches(batches), strict=True), first):
+            own = ranks.part(batches)
+            for step, (batch, images) in enumerate(zip(own, training.feed.batches(own), strict=True), first):
                 losses.append(training.step(step, batch, images))
-                if stop.is_set():
+                if ranks.any_of(flag=stop.is_set()):
                     training.save(checkpoint, step + 1)
                     log.info("told to stop; step %d of %d is saved", step + 1, epochs * steps)
                     sys.exit(STOPPED)
-            loss = float(torch.stack(losses).mean())  # a GPU has done its work when this is known
+            loss = ranks.mean(torch.stack(losses).mean())  # a GPU has done its work when this is known
             seconds, waited = time.monotonic() - began, training.feed.waited - waited
             if not math.isfinite(loss):
                 raise ConfigError(
@@ -190,9 +200,11 @@ class _Training:
         )
         self._forward = self._network
         if self._device.type == "cuda":
-            self._forward = on_gpu(self._network, compiled=self._steps >= _COMPILED_FROM and config.problem_type != "detection")
+            pays = self._steps >= _COMPILED_FROM and config.problem_type != "detection" and ranks.count() == 1
+            self._forward = on_gpu(self._network, compiled=pays)
         else:
             torch.set_num_threads(threads(kind.heads(self.average.module), config))
+        self._forward = ranks.together(self._forward)
 
     def batches(self, epoch: int) -> Tensor:
         """The epoch's batches as numbers of examples, `[steps, batch]`. All are full; a small set comes round several times."""
@@ -202,11 +214,15 @@ class _Training:
         return order[: self.steps_an_epoch * size].view(self.steps_an_epoch, size)
 
     def step(self, step: int, batch: Tensor, images: Tensor) -> Tensor:
-        """Learn from one batch of examples and their images; returns its loss."""
-        torch.manual_seed(self._seed(step))
+        """Learn from this rank's part of a batch of examples, and their images; returns its share of the loss.
+
+        The mean of all ranks' is the batch's, however unequal their parts.
+        """
+        torch.manual_seed(self._seed(step * ranks.count() + ranks.rank()))
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        loss = self._loss(self._forward, to_network(images), batch)
+        share = len(batch) * ranks.count() / self._hyperparameters.batch_size
+        loss = self._loss(self._forward, to_network(images), batch) * share
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -219,7 +235,9 @@ class _Training:
         return self._hyperparameters.learning_rate * min(1.0, share / _WARM_UP) * (1 + math.cos(math.pi * share)) / 2
 
     def save(self, file: Path, steps: int) -> None:
-        """Whole or not at all: a machine may be taken away at any moment."""
+        """Whole or not at all: a machine may be taken away at any moment. All ranks' is the same, the first's is kept."""
+        if ranks.rank() > 0:
+            return
         unfinished = file.with_suffix(".new")
         torch.save(
             {"config": repr(self._config), "steps": steps, **{key: part.state_dict() for key, part in self._parts.items()}},

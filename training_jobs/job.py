@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +109,16 @@ class TrainingJob:
 
 
 def report_failure(folder: Path, reason: str) -> None:
-    """Leave the reason where SageMaker reads it: it becomes the job's FailureReason."""
+    """Leave the reason where SageMaker reads it: it becomes the job's FailureReason.
+
+    The first stays: of several ranks the others fail because one did.
+    """
     if len(reason) > _REASON_CHARACTERS:
         reason = reason[: _REASON_CHARACTERS - 1] + "…"
     file = folder / "output/failure"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(reason, encoding="utf-8")
+    with suppress(FileExistsError), file.open("x", encoding="utf-8") as written:
+        written.write(reason)
 
 
 def exit_when_stopped() -> None:

@@ -35,10 +35,21 @@ from labelloop.records import (
     Timing,
 )
 from labelloop.settings import Settings
-from training_jobs import architectures, calibration, dataset, network, out_of_fold, probe, problem, quantization, report_page
+from training_jobs import (
+    architectures,
+    calibration,
+    dataset,
+    network,
+    out_of_fold,
+    probe,
+    problem,
+    quantization,
+    ranks,
+    report_page,
+)
 from training_jobs.auto_accept import accept_from
 from training_jobs.comparison import compare
-from training_jobs.dataset import Dataset, Pixels
+from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.embeddings import Embeddings, centroids, embed, embeddings_of
 from training_jobs.export import export, stamp
 from training_jobs.fit import Epoch, fit, make_repeatable
@@ -99,6 +110,17 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
         evaluation = evaluate(job, config, data, challenger, champion, unseen, saved, parity, int8, probing)
         phases.begin("record")
         return record(job, evaluation, run, data, phases)
+
+
+def train_along(job: TrainingJob, models: ModelConfigs) -> None:
+    """What all ranks but the first do: learn their part of whatever the first one fits."""
+    folder = models[job.model]
+    uri = folder.config.architecture.weights_uri
+    for train, config, card, checkpoint in ranks.shared():
+        make_repeatable(config.hyperparameters.seed, exact=problem.of(config.problem_type).exact)
+        fresh, augment = network.build(folder, architectures.fetch(config, job.weights(uri) if uri else None))
+        nothing = Examples([], train.pixels[:0])
+        fit(fresh, Dataset(train, nothing, nothing), config, card, augment, checkpoint, lambda _: None)
 
 
 def load_champion(job: TrainingJob, config: ModelConfig) -> Model | None:
@@ -323,12 +345,14 @@ def timing_metrics(timing: Timing) -> dict[str, float]:
 def main() -> int:
     """Run the job; whatever fails leaves a reason for a person in the failure file. The process's exit status."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
-    log.setLevel(logging.INFO)
-    exit_when_stopped()
     settings = Settings()
+    if settings.rank == 0:
+        log.setLevel(logging.INFO)
+        exit_when_stopped()
     folder = Path(settings.opt_ml)
     try:
-        train(TrainingJob.read(folder, settings.cache), ModelConfigs.find(settings))
+        with ranks.joined(settings):
+            (train if settings.rank == 0 else train_along)(TrainingJob.read(folder, settings.cache), ModelConfigs.find(settings))
     except LabelloopError as error:
         log.error("%s", error)
         report_failure(folder, str(error))

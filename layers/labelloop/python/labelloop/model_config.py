@@ -68,7 +68,7 @@ class Hyperparameters(Section, frozen=True, kw_only=True):
     """How the network is trained."""
 
     epochs: Annotated[int, Count, Meta(description="passes over the training images")]
-    batch_size: Annotated[int, Count, Meta(description="images a step; less when the training instance runs out of memory")]
+    batch_size: Annotated[int, Count, Meta(description="images a step, on all GPUs together; less when they run out of memory")]
     learning_rate: Annotated[
         float,
         Meta(gt=0, le=100, description="largest step size (AdamW); it rises over the first tenth of the steps, then falls to 0"),

@@ -123,6 +123,21 @@ class Settings:
         return self._environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") in ("snap-start", "provisioned-concurrency")
 
     @property
+    def rank(self) -> int:
+        """The number of this process among those that torchrun started beside each other; 0 of one alone."""
+        return int(self._environ.get("RANK", "0"))
+
+    @property
+    def ranks(self) -> int:
+        """How many of them there are."""
+        return int(self._environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def ranks_file(self) -> str:
+        """Through which they find each other."""
+        return self._get("LABELLOOP_RANKS_FILE")
+
+    @property
     def cache(self) -> str | None:
         """s3:// address under which a training job keeps what the next one need not do again; None: nowhere."""
         return self._environ.get("LABELLOOP_CACHE") or None

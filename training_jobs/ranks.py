@@ -1,0 +1,153 @@
+"""Several GPUs of one machine: torchrun (start.sh) runs a process for each, a rank, and they train one network together.
+
+The first rank does the job. What it trains it shares with the others, who do nothing else than train along: each learns from its
+part of every batch, and the mean of all gradients is everyone's. A process alone is the first of one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from labelloop.errors import LabelloopError
+from labelloop.model_config import ModelConfig
+from labelloop.records import ManifestRow, ModelCard
+from labelloop.settings import Settings
+from training_jobs.dataset import Examples
+
+# The first rank decodes, exports and measures while the others wait. One that ends is noticed at once, by its connections.
+_PATIENCE = timedelta(days=5)
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def count() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[None]:
+    """In the block, the ranks that torchrun started know of each other; the others' `shared` ends with the first's block."""
+    if settings.ranks == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(settings.rank)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(
+        backend,
+        init_method=f"file://{settings.ranks_file}",  # torch's default listens on every interface
+        rank=settings.rank,
+        world_size=settings.ranks,
+        timeout=_PATIENCE,
+    )
+    yield
+    if rank() == 0:
+        _broadcast(None)
+    distributed.destroy_process_group()
+
+
+class Shared(NamedTuple):
+    """What a fit goes by, except for what model.py makes."""
+
+    train: Examples
+    config: ModelConfig
+    card: ModelCard
+    checkpoint: Path
+
+
+class _Sent(NamedTuple):
+    rows: list[ManifestRow]
+    pixels: Path  # they may be larger than memory: everyone maps the same file
+    config: ModelConfig
+    card: ModelCard
+    checkpoint: Path
+
+
+def share(fit: Shared) -> None:
+    """Have the others train along; nothing for one of them, or alone."""
+    if count() == 1 or rank() > 0:
+        return
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        np.save(file, fit.train.pixels)
+        file.flush()
+        _broadcast(_Sent(fit.train.rows, Path(file.name), fit.config, fit.card, fit.checkpoint))
+        any_of(flag=False)  # everyone has opened it
+
+
+def shared() -> Iterator[Shared]:
+    """What the first rank trains, one after the other, until its job is done."""
+    while (sent := _broadcast(None)) is not None:
+        pixels = np.load(sent.pixels, mmap_mode="r")
+        any_of(flag=False)
+        yield Shared(Examples(sent.rows, pixels), sent.config, sent.card, sent.checkpoint)
+
+
+def part(batches: Tensor) -> Tensor:
+    """This rank's part of each batch, `[batches, N]` → `[batches, about N / count]`."""
+    return batches[:, rank() :: count()]
+
+
+def together(network: nn.Module) -> nn.Module:
+    """The network with the first rank's weights, whose backward pass leaves the mean of everyone's gradients.
+
+    On GPUs batch normalisation sees whole batches, as one GPU would.
+    """
+    if count() == 1:
+        return network
+    devices = None
+    if torch.cuda.is_available():
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        devices = [torch.cuda.current_device()]
+    return DistributedDataParallel(network, device_ids=devices, find_unused_parameters=True)
+
+
+def mean(value: Tensor) -> float:
+    """Of everyone's value."""
+    if count() == 1:
+        return float(value)
+    whole = value.detach().cpu()
+    with _company():
+        distributed.all_reduce(whole)
+    return float(whole) / count()
+
+
+def any_of(*, flag: bool) -> bool:
+    """Whether anyone's flag is set; everyone gets the same answer, and waits for it."""
+    if count() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    with _company():
+        distributed.all_reduce(flags)
+    return bool(flags)
+
+
+def _broadcast(sent: _Sent | None) -> _Sent | None:
+    """The first rank's."""
+    box = [sent]
+    with _company():
+        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextmanager
+def _company() -> Iterator[None]:
+    """Raises `LabelloopError` when another rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LabelloopError(
+            f"one of the {count()} processes that train together, one for each GPU, has ended; the job's log says why ({error})"
+        ) from error
