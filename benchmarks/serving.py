@@ -1,6 +1,6 @@
 """The predict function against what a user would pick instead, and against the limit: all in one run, on the same two cores.
 
-    uv run python -m benchmarks.serving [--quick] [--rounds N] [--json FILE] [--plot FILE] [--peer-source DIR]
+    uv run python -m benchmarks.serving [--quick] [--rounds N] [--json FILE] [--plot FILE] [--peer-source DIR] [--emulator]
 
 Contestants, each an HTTP server in processes of its own that is asked for the same networks' predictions of the same images:
 
@@ -9,7 +9,9 @@ Contestants, each an HTTP server in processes of its own that is asked for the s
 - label-studio-ml: its own server (PyPI's 1.0.9, or the checkout that --peer-source names), torchvision in torch, gunicorn with
   one worker of 8 threads as its template has it, images over HTTP;
 - FastAPI with onnxruntime: naive (images one after another, the session as it comes) and tuned (32 threads fetch, each core
-  runs one image, no spinning), images over HTTP.
+  runs one image, no spinning), images over HTTP;
+- with --emulator: labelloop as it is deployed on a laptop, with functions, layers and sign-in, asked through the emulator's API;
+  images and model lie in the emulator's S3, so it takes part where no latency is added.
 
 The limit is the CPU time of one image's scaled libjpeg-turbo decode, to no less than the model's oversampling asks for, and
 bare `session.run` of the served file. The peers' packages go into an
@@ -36,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +57,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from cli.deployment import Deployment
 from labelloop import imaging, problem_types
 from labelloop.artifacts import champion_key, onnx_key, s3_uri
 from labelloop.inference import Model
@@ -61,6 +65,7 @@ from labelloop.model_config import ModelFolder
 from labelloop.records import Champion, ModelCard, ProblemTypeName, Region
 from local import processes
 from local.environment import LOOPBACK, aws_environment, clean_environment
+from local.stack import LaptopStack
 from local.toolchain import cache_folder, find_uv, tool_environment
 from training_jobs import architectures, problem, quantization
 from training_jobs.dataset import Pixels
@@ -72,6 +77,7 @@ IMAGES = "images"  # the bucket
 ARTIFACTS = "artifacts"
 OURS = "labelloop"
 INT8 = "labelloop, int8"
+EMULATED = "labelloop, emulator"
 NETWORKS: dict[ProblemTypeName, tuple[str, int]] = {
     "classification": ("mobilenet_v2", 224),
     "detection": ("ssdlite320_mobilenet_v3_large", 320),
@@ -116,13 +122,21 @@ class Round:
 
 @dataclass
 class Contestant:
+    """`path` is before those of Label Studio's ML backends; `images` before the names of the image files."""
+
     name: str
     port: int
-    process: processes.StartedProcess
-    model: str | None = None  # of labelloop; the others serve one each
+    pid: int
+    images: str
+    ours: bool = False
+    path: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     rounds: dict[Scenario, list[Round]] = field(default_factory=dict)
     differences: list[float] = field(default_factory=list)  # of the scores from torch's on labelloop's pixels
     same: list[bool] = field(default_factory=list)  # whether labels, and how many of them, are torch's
+
+    def plays(self, scenario: Scenario) -> bool:
+        return self.name != EMULATED or scenario.latency_ms == 0
 
 
 def scenarios(*, quick: bool) -> list[Scenario]:
@@ -367,7 +381,7 @@ def served(
         "FastAPI, naive": (lambda port: [*uvicorn, str(port)], peer),
         "FastAPI, tuned": (lambda port: [*uvicorn, str(port)], {**peer, "SERVING_TUNED": "1"}),
     }
-    contestants = []
+    contestants, servers = [], []
     try:
         for name, (command, environment) in commands.items():
             port = processes.free_port()
@@ -375,12 +389,44 @@ def served(
             started = processes.start(
                 name, pinned(list(map(str, command(port)))), log=log, environment=environment, folder=folder
             )
-            contestants.append(Contestant(name, port, started, models.get(name)))
+            servers.append(started.record)
+            model = models.get(name)
+            key = f"images/{model or kind}/"
+            images = s3_uri(IMAGES, key) if model else f"http://{LOOPBACK}:{store}/{IMAGES}/{key}"
+            path = f"/{model}" if model else ""
+            contestants.append(Contestant(name, port, started.record.pid, images, ours=bool(model), path=path))
             health = f"http://{LOOPBACK}:{port}/health"
             processes.wait_until_ready(started, lambda health=health: processes.answers(health), limit_s=120)  # type: ignore[misc]
         yield contestants
     finally:
-        processes.stop([contestant.process.record for contestant in contestants], grace_s=5)
+        processes.stop(servers, grace_s=5)
+
+
+@contextmanager
+def emulated(folder: Path, kind: ProblemTypeName) -> Iterator[Contestant]:
+    """The laptop's stack, with the model promoted and the images uploaded."""
+    stack = LaptopStack(
+        folder / f"stack-{kind}", model_configs=folder / "configs", report=lambda part, text: note(f"{part}: {text}")
+    )
+    try:
+        deployment = Deployment.on_laptop(stack.up())
+        for key in (onnx_key(kind, 1), champion_key(kind)):
+            deployment.artifacts.put(key, (folder / key).read_bytes())
+        images = f"images/{kind}/"
+        for file in folder.glob("*.jpg"):
+            deployment.images.put(images + file.name, file.read_bytes())
+        access = deployment.backend(kind)
+        address = urllib.parse.urlsplit(access.url)
+        yield Contestant(
+            EMULATED,
+            address.port or 80,
+            stack.pids()["emulator"],
+            s3_uri(deployment.images.name, images),
+            path=address.path,
+            headers={"Authorization": access.authorization},
+        )
+    finally:
+        stack.down()
 
 
 def pinned(command: list[str]) -> list[str]:
@@ -410,8 +456,8 @@ def store_of(folder: Path) -> Iterator[int]:
 class Client:
     """One connection to a contestant, which keeps it open."""
 
-    def __init__(self, contestant: Contestant, store: int) -> None:
-        self._model, self._store = contestant.model, store
+    def __init__(self, contestant: Contestant) -> None:
+        self._contestant = contestant
         self._http = http.client.HTTPConnection(LOOPBACK, contestant.port, timeout=120)
 
     def request(self, scenario: Scenario, first: int) -> bytes:
@@ -421,9 +467,8 @@ class Client:
 
     def ask(self, body: bytes) -> tuple[float, bytes]:
         """Milliseconds, and the answer."""
-        path = f"/{self._model}/predict" if self._model else "/predict"
         began = time.perf_counter()
-        self._http.request("POST", path, body, {"Content-Type": "application/json"})
+        self._post("/predict", body)
         answer = self._http.getresponse()
         content = answer.read()
         took = 1000 * (time.perf_counter() - began)
@@ -433,26 +478,28 @@ class Client:
 
     def setup(self, template: str) -> None:
         """As Label Studio introduces itself; label-studio-ml makes its model then."""
-        path = f"/{self._model}/setup" if self._model else "/setup"
         body = json.dumps({"project": "1.2", "schema": template, "hostname": "", "access_token": ""})
-        self._http.request("POST", path, body, {"Content-Type": "application/json"})
+        self._post("/setup", body.encode())
         self._http.getresponse().read()
 
     def close(self) -> None:
         self._http.close()
 
+    def _post(self, path: str, body: bytes) -> None:
+        asked = self._contestant
+        self._http.request("POST", asked.path + path, body, {"Content-Type": "application/json", **asked.headers})
+
     def _task(self, scenario: Scenario, number: int) -> dict[str, Any]:
-        file = f"{scenario.size}{number % SIZES[scenario.size][2]}-{uuid.uuid4().hex}.jpg"
-        key = f"images/{self._model or scenario.kind}/{file}"
-        address = s3_uri(IMAGES, key) if self._model else f"http://{LOOPBACK}:{self._store}/{IMAGES}/{key}"
-        return {"id": number, "data": {"image": address}, "meta": {"group": f"{number:064x}"}}
+        file = f"{scenario.size}{number % SIZES[scenario.size][2]}"
+        name = f"{file}.jpg" if self._contestant.name == EMULATED else f"{file}-{uuid.uuid4().hex}.jpg"
+        return {"id": number, "data": {"image": self._contestant.images + name}, "meta": {"group": f"{number:064x}"}}
 
 
 _PROJECT: dict[str, Any] = {"project": "1.2", "label_config": "<View/>", "params": {}}
 
 
-def measure(contestant: Contestant, scenario: Scenario, store: int, requests: int) -> Round:
-    clients = [Client(contestant, store) for _ in range(scenario.clients)]
+def measure(contestant: Contestant, scenario: Scenario, requests: int) -> Round:
+    clients = [Client(contestant) for _ in range(scenario.clients)]
     bodies = {client: [client.request(scenario, number * scenario.tasks) for number in range(requests)] for client in clients}
 
     def work(client: Client) -> list[float]:
@@ -469,7 +516,7 @@ def measure(contestant: Contestant, scenario: Scenario, store: int, requests: in
 
 
 def family(contestant: Contestant) -> list[psutil.Process]:
-    leader = psutil.Process(contestant.process.record.pid)
+    leader = psutil.Process(contestant.pid)
     return [leader, *leader.children(recursive=True)]
 
 
@@ -492,9 +539,9 @@ def limit_ms(python: Path, folder: Path, kind: ProblemTypeName, size: str, overs
     return float(json.loads(done.stdout))
 
 
-def compare(contestant: Contestant, scenario: Scenario, store: int, wanted: Sequence[Sequence[Region]]) -> None:
+def compare(contestant: Contestant, scenario: Scenario, wanted: Sequence[Sequence[Region]]) -> None:
     """Note how far the contestant's predictions are from torch's, image by image: `wanted` is what torch says of each."""
-    client = Client(contestant, store)
+    client = Client(contestant)
     _, answer = client.ask(client.request(replace(scenario, tasks=len(wanted)), 0))
     client.close()
     for result, regions in zip(json.loads(answer)["results"], wanted, strict=True):
@@ -548,7 +595,7 @@ class Figures:
     machine: dict[str, Any] = field(default_factory=dict)
 
 
-def run(rounds: int, *, quick: bool, source: Path | None, oversampling: float) -> Figures:
+def run(rounds: int, *, quick: bool, source: Path | None, oversampling: float, emulator: bool) -> Figures:
     python, figures = peers_python(source), Figures()
     wanted = scenarios(quick=quick)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -566,15 +613,17 @@ def run(rounds: int, *, quick: bool, source: Path | None, oversampling: float) -
             models: dict[str, str] = {OURS: kind}
             if make_int8(make_folder(folder / "configs", kind, f"{kind}_int8", oversampling), folder, model, pixels):
                 models[INT8] = f"{kind}_int8"
-            with served(folder, kind, models, python, source, store) as contestants:
+            with served(folder, kind, models, python, source, store) as contestants, ExitStack() as further:
+                if emulator:
+                    contestants.append(further.enter_context(emulated(folder, kind)))
                 for contestant in contestants:
-                    Client(contestant, store).setup(model_folder.template)
+                    Client(contestant).setup(model_folder.template)
                 of_kind = [scenario for scenario in wanted if scenario.kind == kind]
                 for size in dict.fromkeys(scenario.size for scenario in of_kind):
                     said = torch_says(model, heads, files[size])
                     scenario = next(scenario for scenario in of_kind if scenario.size == size)
                     for contestant in contestants:
-                        compare(contestant, scenario, store, said)
+                        compare(contestant, scenario, said)
                 for number in range(rounds):
                     play(contestants, of_kind, figures, python, folder, store, oversampling, f"round {number + 1} of {rounds}")
                 summarise(contestants, of_kind, figures)
@@ -601,20 +650,23 @@ def play(
     for scenario in wanted:
         note(f"{title}: {scenario.title}")
         urllib.request.urlopen(f"http://{LOOPBACK}:{store}/latency/{scenario.latency_ms}").read()
-        for contestant in random.sample(contestants, len(contestants)):
+        playing = [contestant for contestant in contestants if contestant.plays(scenario)]
+        for contestant in random.sample(playing, len(playing)):
             if scenario not in contestant.rounds:
-                measure(contestant, scenario, store, 1)  # the warm-up
-            contestant.rounds.setdefault(scenario, []).append(measure(contestant, scenario, store, scenario.requests))
+                measure(contestant, scenario, 1)  # the warm-up
+            contestant.rounds.setdefault(scenario, []).append(measure(contestant, scenario, scenario.requests))
     for size in dict.fromkeys(scenario.size for scenario in wanted):
         kind = wanted[0].kind
         figures.limits.setdefault(f"{kind}, {size}", []).append(limit_ms(python, folder, kind, size, oversampling))
 
 
 def summarise(contestants: list[Contestant], wanted: list[Scenario], figures: Figures) -> None:
-    ours = [contestant for contestant in contestants if contestant.model]
+    ours = [contestant for contestant in contestants if contestant.ours]
     for scenario in wanted:
         limit = statistics.median(figures.limits[f"{scenario.kind}, {scenario.size}"])
         for contestant in contestants:
+            if not contestant.plays(scenario):
+                continue
             results = contestant.rounds[scenario]
             times = sorted(took for result in results for took in result.milliseconds)
             cpu = statistics.median(result.cpu_ms for result in results)
@@ -730,12 +782,17 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--plot", type=Path, help="draw tasks a second to this file")
+    parser.add_argument("--emulator", action="store_true", help="ask the laptop's stack, too; it is started for that")
     parser.add_argument("--peer-source", type=Path, help="a checkout of label-studio-ml-backend instead of the release")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
     source = options.peer_source.resolve() if options.peer_source else None
     figures = run(
-        options.rounds or (2 if options.quick else 5), quick=options.quick, source=source, oversampling=options.oversampling
+        options.rounds or (2 if options.quick else 5),
+        quick=options.quick,
+        source=source,
+        oversampling=options.oversampling,
+        emulator=options.emulator,
     )
     print(table(figures))
     if options.json:

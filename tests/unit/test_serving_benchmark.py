@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from benchmarks import serving, serving_front
-from benchmarks.serving import OURS, Contestant, Figures, Round, Scenario
+from benchmarks.serving import EMULATED, OURS, Contestant, Figures, Round, Scenario
 from labelloop.records import Region
 
 
 def contestant(name: str) -> Contestant:
-    process: Any = SimpleNamespace()
-    return Contestant(name, 1, process, "photos" if name == OURS else None)
+    return Contestant(name, 1, 0, "s3://images/", ours=name == OURS)
 
 
 def test_ratios_are_reckoned_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,13 +33,29 @@ def test_ratios_are_reckoned_round_by_round(monkeypatch: pytest.MonkeyPatch) -> 
     assert "| peer, classification | 100 | 50% | 2.0e-04 |" in serving.table(figures)
 
 
+def test_the_emulator_is_asked_where_no_latency_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And compared there; its store is its own, whose latency cannot be set."""
+    monkeypatch.setattr(serving, "peak_mb", lambda _: None)
+    monkeypatch.setattr(serving, "measure", lambda *_: Round([10.0], 100.0, 5.0))
+    monkeypatch.setattr(serving, "limit_ms", lambda *_: 4.0)
+    monkeypatch.setattr("urllib.request.urlopen", lambda _: io.BytesIO())
+    wanted = [Scenario("classification", "small", 1, 1, latency, 1) for latency in (25, 0)]
+    figures, both = Figures(), [contestant(OURS), contestant(EMULATED)]
+    serving.play(both, wanted, figures, Path(), Path(), 1, 1.4, "round 1 of 1")
+    for one in both:
+        one.same = [True]
+    serving.summarise(both, wanted, figures)
+    assert [(row["contestant"], row["latency_ms"]) for row in figures.rows] == [(OURS, 25), (OURS, 0), (EMULATED, 0)]
+    assert f"| {EMULATED} | 10 |" in serving.table(figures)
+
+
 def test_a_prediction_is_compared_box_by_box(monkeypatch: pytest.MonkeyPatch) -> None:
     value = {"x": 10, "y": 20, "width": 30, "height": 40, "rectanglelabels": ["1"]}
     results = [{"result": [{"value": value, "score": 0.5}]}, {"result": []}]
     monkeypatch.setattr(serving.Client, "ask", lambda *_: (1.0, json.dumps({"results": results}).encode()))
     one = contestant("peer")
     said = [[Region(label="1", box=(0.1, 0.2, 0.41, 0.6), score=0.5)], [Region(label="2", box=(0, 0, 1, 1), score=0.9)]]
-    serving.compare(one, Scenario("detection", "small", 1, 1, 0, 1), 1, said)
+    serving.compare(one, Scenario("detection", "small", 1, 1, 0, 1), said)
     assert one.same == [True, False]
     assert one.differences == [pytest.approx(0.01)]
 
