@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 _STEPS_AN_EPOCH = 30  # at least: a first training on some seventy images would otherwise end before it has learnt
 _WARM_UP = 0.1  # share of the steps in which the learning rate rises
 _AVERAGED = 1 / 16  # share of the steps that the averaged weights look back on
+_PLAIN_ROUNDS = 5  # over the images, the last ones, that go without augmentation: repeated no more, they need none
+_NORM_BATCHES = 8  # batches from which the averaged weights get batch-norm statistics of their own
 _CHECKPOINTS = 10  # in a training
 _FORWARD_AND_BACK = 3  # a step's operations, relative to those of its forward pass
 _A_THREADS_WORK = 500_000_000  # operations of a step from which another thread brings more than it costs
@@ -129,18 +132,18 @@ def fit(
                     training.save(checkpoint, step + 1)
                     log.info("told to stop; step %d of %d is saved", step + 1, epochs * steps)
                     sys.exit(STOPPED)
+            averaged = training.averaged(epoch) if data.validation.measurable else None
             loss = ranks.mean(torch.stack(losses).mean())  # a GPU has done its work when this is known
             seconds, waited = time.monotonic() - began, training.feed.waited - waited
             if not math.isfinite(loss):
                 raise ConfigError(
                     "config.yaml", f"the loss is {loss} after epoch {epoch + 1}; try less", "hyperparameters.learning_rate"
                 )
-            validation = score(training.average.module, data.validation, config, card) if data.validation.measurable else None
+            validation = score(averaged, data.validation, config, card) if averaged else None
             report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), seconds, batches.numel(), waited))
             if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
                 training.save(checkpoint, (epoch + 1) * steps)
-    averaged: nn.Module = training.average.module
-    return averaged.to(memory_format=torch.contiguous_format).eval()
+    return training.averaged(epochs - 1).to(memory_format=torch.contiguous_format)
 
 
 def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[Region]]:
@@ -186,15 +189,17 @@ class _Training:
     def __init__(self, network: nn.Module, examples: Examples, config: ModelConfig, augment: Augment) -> None:
         self._config, self._hyperparameters, kind = config, config.hyperparameters, problem.of(config.problem_type)
         self._examples, self._loss = len(examples), kind.loss(examples.rows, config, augment)
+        self._plain_loss = kind.loss(examples.rows, config, lambda *given: given if len(given) > 1 else given[0])
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.feed = Feed(examples.pixels, self._device)
         self.steps_an_epoch = max(math.ceil(len(examples) / self._hyperparameters.batch_size), _STEPS_AN_EPOCH)
         self._steps = self.steps_an_epoch * self._hyperparameters.epochs
+        self._augmented = self._steps - math.ceil(_PLAIN_ROUNDS * len(examples) / self._hyperparameters.batch_size)
         # Images come with their channels last, and convolutions are faster when everything stays so.
         self._network = network.to(self._device).to(memory_format=torch.channels_last).train()
         decay = max(0.0, 1 - 1 / (_AVERAGED * self._steps))
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.average = AveragedModel(self._network, multi_avg_fn=average, use_buffers=True).eval()
+        self._average = AveragedModel(self._network, multi_avg_fn=average).eval()
         self._optimizer = torch.optim.AdamW(
             self._network.parameters(), weight_decay=self._hyperparameters.weight_decay, fused=self._device.type == "cuda"
         )
@@ -203,7 +208,7 @@ class _Training:
             pays = self._steps >= _COMPILED_FROM and config.problem_type != "detection" and ranks.count() == 1
             self._forward = on_gpu(self._network, compiled=pays)
         else:
-            torch.set_num_threads(threads(kind.heads(self.average.module), config))
+            torch.set_num_threads(threads(kind.heads(self._average.module), config))
         self._forward = ranks.together(self._forward)
 
     def batches(self, epoch: int) -> Tensor:
@@ -222,12 +227,35 @@ class _Training:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         share = len(batch) * ranks.count() / self._hyperparameters.batch_size
-        loss = self._loss(self._forward, to_network(images), batch) * share
+        of = self._loss if step < self._augmented else self._plain_loss
+        loss = of(self._forward, to_network(images), batch) * share
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        self.average.update_parameters(self._network)
+        self._average.update_parameters(self._network)
         return loss.detach()
+
+    def averaged(self, epoch: int) -> nn.Module:
+        """The network with the averaged weights and their own batch-norm statistics, in evaluation mode.
+
+        Statistics gathered on the way belong to other weights. While these change fast, as from random ones, a deep network with
+        them does no better than chance. So they are reckoned anew ("precise BN", Wu and Johnson 2021), from images as they serve.
+        """
+        network: nn.Module = self._average.module
+        norms = [layer for layer in network.train().modules() if isinstance(layer, _BatchNorm) and layer.training]
+        momenta = [layer.momentum for layer in norms]
+        for layer in norms:
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over the batches
+        if norms:
+            torch.manual_seed(self._seed(epoch))
+            batches = self.batches(epoch)[:_NORM_BATCHES]
+            with torch.no_grad():
+                for batch, images in zip(batches, self.feed.batches(batches), strict=True):
+                    self._plain_loss(network, to_network(images), batch)
+        for layer, momentum in zip(norms, momenta, strict=True):
+            layer.momentum = momentum
+        return network.eval()
 
     def learning_rate(self, step: int) -> float:
         """A short rise, then half a cosine down to nothing."""
@@ -264,7 +292,7 @@ class _Training:
 
     @property
     def _parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
-        return {"network": self._network, "average": self.average, "optimizer": self._optimizer}
+        return {"network": self._network, "average": self._average, "optimizer": self._optimizer}
 
     def _seed(self, number: int) -> int:
         return (self._hyperparameters.seed * 1_000_003 + number) % 2**63

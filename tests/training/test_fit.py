@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cli.examples import Example, digits
 from labelloop import imaging
@@ -42,6 +42,13 @@ def trained(config: ModelConfig, train: Sequence[Example], checkpoint: Path, epo
     return fit(network, data, config, model_card(), augment, checkpoint, report)
 
 
+def short(**values: int) -> ModelConfig:
+    """The digits' config for an epoch of 30 steps, or as `values` say."""
+    return msgspec.structs.replace(
+        DIGITS, hyperparameters=msgspec.structs.replace(DIGITS.hyperparameters, **{"epochs": 1} | values)
+    )
+
+
 def test_a_hundred_annotations_are_enough_for_a_first_version(tmp_path: Path) -> None:
     """Measured on every holdout image of the data set, of which training saw none."""
     everything = digits.load()
@@ -58,15 +65,14 @@ def test_a_hundred_annotations_are_enough_for_a_first_version(tmp_path: Path) ->
 @pytest.mark.parametrize("left", [b"no checkpoint", b"", "another config"])
 def test_a_checkpoint_of_no_use_is_left(left: bytes | str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     few = digits.load()[:5]  # fewer than a batch
-    short = msgspec.structs.replace(DIGITS, hyperparameters=msgspec.structs.replace(DIGITS.hyperparameters, epochs=1))
-    expected = trained(short, few, tmp_path / "expected.pt")
+    expected = trained(short(), few, tmp_path / "expected.pt")
     file = tmp_path / "checkpoint.pt"
     if isinstance(left, bytes):
         file.write_bytes(left)
     else:
-        trained(msgspec.structs.replace(short, hyperparameters=msgspec.structs.replace(short.hyperparameters, seed=1)), few, file)
+        trained(short(seed=1), few, file)
     epochs: list[Epoch] = []
-    network = trained(short, few, file, epochs)
+    network = trained(short(), few, file, epochs)
     assert [epoch.number for epoch in epochs] == [1]
     assert "starts anew" in caplog.text
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in network.state_dict().items())
@@ -74,12 +80,37 @@ def test_a_checkpoint_of_no_use_is_left(left: bytes | str, tmp_path: Path, caplo
 
 def test_a_finished_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
     few = digits.load()[:5]
-    short = msgspec.structs.replace(DIGITS, hyperparameters=msgspec.structs.replace(DIGITS.hyperparameters, epochs=1))
-    first = trained(short, few, tmp_path / "checkpoint.pt")
+    first = trained(short(), few, tmp_path / "checkpoint.pt")
     epochs: list[Epoch] = []
-    again = trained(short, few, tmp_path / "checkpoint.pt", epochs)
+    again = trained(short(), few, tmp_path / "checkpoint.pt", epochs)
     assert epochs == []
     assert all(torch.equal(value, first.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(("count", "augmented"), [(5, 60 - 1), (160, 60 - 25), (640, 0)])
+def test_the_last_five_rounds_over_the_images_go_without_augmentation(count: int, augmented: int, tmp_path: Path) -> None:
+    given: list[int] = []
+
+    def augment(images: Tensor) -> Tensor:
+        given.append(len(images))
+        return images
+
+    network, _ = build(CONFIGS["digits"], None)
+    data = Dataset(train=examples(digits.load()[:count]), validation=examples([]), test=examples([]))
+    fit(network, data, short(epochs=2), model_card(), augment, tmp_path / "checkpoint.pt", lambda _: None)
+    assert given == [32] * augmented
+
+
+def test_batch_norm_serves_with_the_statistics_of_images_as_they_serve(tmp_path: Path) -> None:
+    """Whatever augmentation made of them on the way, and however slowly a network's own statistics follow."""
+    few, slow = examples(digits.load()[:40]), nn.BatchNorm1d(64, momentum=0.001)
+    data, network = Dataset(train=few, validation=few, test=examples([])), nn.Sequential(nn.Flatten(), slow, nn.Linear(64, 10))
+    trained = fit(network, data, short(), model_card(), lambda images: images + 3, tmp_path / "checkpoint.pt", lambda _: None)
+    norm, state, expected = trained.get_submodule("1"), trained.state_dict(), to_network(torch.from_numpy(few.pixels)).flatten(1)
+    assert torch.allclose(state["1.running_mean"], expected.mean(0), atol=0.02)
+    assert torch.allclose(state["1.running_var"], expected.var(0), atol=0.02)
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.momentum == slow.momentum
 
 
 def test_batches_come_whole_and_in_order_also_when_nobody_takes_them_all() -> None:
