@@ -139,7 +139,7 @@ def fit(
                 raise ConfigError(
                     "config.yaml", f"the loss is {loss} after epoch {epoch + 1}; try less", "hyperparameters.learning_rate"
                 )
-            validation = score(averaged, data.validation, config, card) if averaged else None
+            validation = None if averaged is None else score(averaged, data.validation, config, card)
             report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), seconds, batches.numel(), waited))
             if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
                 training.save(checkpoint, (epoch + 1) * steps)

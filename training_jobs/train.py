@@ -353,12 +353,21 @@ def main() -> int:
     try:
         with ranks.joined(settings):
             (train if settings.rank == 0 else train_along)(TrainingJob.read(folder, settings.cache), ModelConfigs.find(settings))
-    except LabelloopError as error:
+    except SystemExit as stopped:
+        if settings.ranks > 1 and isinstance(stopped.__context__, Exception):  # torchrun stops all, for they lost one of them
+            return failed(folder, stopped.__context__)
+        raise
+    except Exception as error:  # noqa: BLE001 - the job's edge
+        return failed(folder, error)
+    return 0
+
+
+def failed(folder: Path, error: Exception) -> int:
+    """Leave the reason for SageMaker to show, and the rest in the log; the process's exit status."""
+    if isinstance(error, LabelloopError):
         log.error("%s", error)
         report_failure(folder, str(error))
-        return 1
-    except Exception as error:  # the job's edge: SageMaker shows the reason, the log the rest
-        log.exception("the training job failed")
+    else:
+        log.error("the training job failed", exc_info=error)
         report_failure(folder, f"{type(error).__name__}: {error}")
-        return 1
-    return 0
+    return 1
