@@ -258,11 +258,11 @@ class Works:
         """An annotation that is not up for review yet."""
         known = {case.sha256 for case in self._deployment.ledger.review_cases(self._model, self._loop.project)}
         pages = self._deployment.label_studio.annotated_tasks(self._loop.project)
-        task = next(task for page in pages for task in page if task.latest and task.content_hash not in known)
+        task = next(task for page in pages for task in page if task.latest and task.content[0] not in known)
         assert task.latest is not None
         given = problem_types.of("classification").annotated(task.latest, self._loop.folder.label_config)
         annotation = task.latest.unique_id
-        return Suspect(task=task.id, annotation=annotation, sha256=task.content_hash, quality=0.1, given=given, suggested=given)
+        return Suspect(task=task.id, annotation=annotation, sha256=task.content[0], quality=0.1, given=given, suggested=given)
 
     def _is_task(self, name: str) -> bool:
         return any(task.image.endswith(name) for task in self._deployment.label_studio.tasks(self._loop.project, "image"))

@@ -40,7 +40,7 @@ def _call(loop: Loop, method: str, path: str, body: Any = None) -> Any:
 def _training_images(loop: Loop) -> list[AnnotatedTask]:
     tasks = chain.from_iterable(loop.deployment.label_studio.annotated_tasks(loop.project))
     splits = loop.folder.config.splits
-    return [task for task in tasks if task.latest and split_of(task.content_group, splits) == "train"]
+    return [task for task in tasks if task.latest and split_of(task.content[1], splits) == "train"]
 
 
 def _say(loop: Loop, task: AnnotatedTask, regions: list[Region]) -> None:

@@ -623,7 +623,7 @@ def test_folders_of_classes_become_annotations_once(project: Project, tmp_path: 
     assert project.label_studio.count_annotated(project.number) == before + 12
 
     key = {examples.sha256((tmp_path / name).read_bytes()): name[0] for name in names}
-    exported = {task.content_hash: task for page in project.label_studio.annotated_tasks(project.number) for task in page}
+    exported = {task.content[0]: task for page in project.label_studio.annotated_tasks(project.number) for task in page}
     chosen = {digest: exported[digest].annotations[0].result[0].value for digest in key}  # type: ignore[index]
     assert chosen == {digest: Value(choices=[label]) for digest, label in key.items()}
     assert all(len(exported[digest].annotations) == 1 for digest in key)

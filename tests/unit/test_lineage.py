@@ -56,7 +56,8 @@ class LabelStudio:
 
 
 def _known(task: AnnotatedTask) -> KnownTask:
-    return KnownTask(task.id, task.image("image"), task.content_hash, (8, 8), 1, task.content_group)
+    sha256, group, _ = task.content
+    return KnownTask(task.id, task.image("image"), sha256, (8, 8), 1, group)
 
 
 def annotated(number: int, label: str = "1", *, group: str | None = None, **more: Any) -> AnnotatedTask:

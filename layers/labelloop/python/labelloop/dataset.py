@@ -46,14 +46,19 @@ def row_of(task: AnnotatedTask, annotation: Annotation, config: ModelConfig, lab
     """
     try:
         regions = problem_types.of(config.problem_type).annotated(annotation, label_config)
-        image, sha256, group = task.image(label_config.data_key), task.content_hash, task.content_group
+        image = task.image(label_config.data_key)
+        sha256, group, resembled = task.content
     except (AnnotationError, ImageError) as error:
         return str(error)
     for region in regions:
         if region.label not in config.classes:
             return f"the class {region.label!r} is not in config.yaml"
-    split = split_of(group, config.splits)
-    return _unfit_for(split, task, annotation, config.splits) or ManifestRow(
+    split, by_model = split_of(group, config.splits), annotation.by_model
+    if resembled and any((split_of(other, config.splits) == "test") != (split == "test") for other in resembled):
+        return "the image resembles images of the holdout and of another split"
+    if split == "test" and by_model:
+        return "the image is of the holdout, and no person has annotated it"
+    return ManifestRow(
         image=image,
         sha256=sha256,
         group=group,
@@ -62,7 +67,7 @@ def row_of(task: AnnotatedTask, annotation: Annotation, config: ModelConfig, lab
         annotation=annotation.unique_id,
         task=task.id,
         seen=annotation.seen(config.name),
-        by_model=annotation.by_model,
+        by_model=by_model,
     )
 
 
@@ -75,13 +80,3 @@ def answer_of_a_person(task: AnnotatedTask | None, sha256: str, folder: ModelFol
         return annotation, problem_types.of(folder.config.problem_type).annotated(annotation, folder.label_config)
     except AnnotationError:
         return None
-
-
-def _unfit_for(split: Split, task: AnnotatedTask, annotation: Annotation, splits: Splits) -> str | None:
-    """Why a task must not be in its split, or None."""
-    resembled = task.resembled_groups
-    if resembled and any((split_of(group, splits) == "test") != (split == "test") for group in resembled):
-        return "the image resembles images of the holdout and of another split"
-    if split == "test" and annotation.by_model:
-        return "the image is of the holdout, and no person has annotated it"
-    return None

@@ -26,8 +26,11 @@ METRIC_TITLES: dict[Metric, str] = {
 }
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """Unknown fields are ignored on reading, so that an older function can read a newer record."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False, gc=False):
+    """Unknown fields are ignored on reading, so that an older function can read a newer record.
+
+    Frozen, of plain data: there are no cycles that the garbage collector would have to look for.
+    """
 
 
 class Region(Record, frozen=True, kw_only=True, omit_defaults=True):

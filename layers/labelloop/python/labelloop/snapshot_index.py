@@ -1,8 +1,9 @@
 """The index of a model's annotated tasks, out of which snapshots are frozen: reading what is new costs what is new.
 
 A SQLite file that lies in the artifacts bucket between snapshots. It holds, for each annotated task, the encoded row of the
-manifest or the reason why there is none. Rows lie together as they stand in a manifest, in blocks of so many ids: it is read and
-written block by block, nothing is sorted, and memory stays flat, but for some hundred bytes of each image that has copies.
+manifest or the reason why there is none. Tasks lie together in blocks of so many ids, their rows as they stand in a manifest,
+which is read and written block by block: nothing is sorted, and memory stays flat, but for four bytes a task, and some hundred
+of each image that has copies.
 
 It is a cache. Any index is whole in itself and says how far it has read, so an older one only reads more. What is damaged, of
 another format, or made with another configuration is built anew.
@@ -15,11 +16,11 @@ import io
 import sqlite3
 import time
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, get_args
 
@@ -36,27 +37,29 @@ from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ManifestRow, Snapshot, Split
 
-FORMAT = 3  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
+FORMAT = 4  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
 _OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
 _REST_SECONDS = 3600  # between two readings of all that take several looks: else constant deletions would have them never end
-_CACHE_KB = 8_192
-_PAGE = 8_192
+_CACHE_KB = 1_024  # blocks are read once, and what a small cache holds the processor's holds too
+_PAGE = 32_768
 _BLOCK = 200  # ids of tasks, as many as an answer of Label Studio's has
 _COPY = "another task shows the same image"
+_PARTS = 64  # of the checksums, each small enough to be compared at once
 _TABLES = """
-CREATE TABLE tasks (
-  id INTEGER PRIMARY KEY,
-  annotations INTEGER NOT NULL,  -- without skips
-  place TEXT NOT NULL,           -- its split, or why it has no row
-  content INTEGER,               -- a checksum of the image's hash: copies have the same
-  changed TEXT                   -- when the annotation that counts was
-);
 CREATE TABLE blocks (
   number INTEGER PRIMARY KEY,
+  entries BLOB NOT NULL,         -- JSON, by task
   lines BLOB NOT NULL            -- of the manifest, by task
+);
+CREATE TABLE figures (           -- of each block: all that is read of those in which nothing has changed, lines aside
+  block INTEGER PRIMARY KEY,
+  tasks INTEGER NOT NULL,
+  annotations INTEGER NOT NULL,  -- of these, without skips
+  places BLOB NOT NULL,          -- JSON: how many tasks are in which split, or have no row for which reason
+  contents BLOB NOT NULL         -- checksums of their images' hashes, 32 bits each: copies have the same
 );
 CREATE TABLE progress (
   project INTEGER NOT NULL,
@@ -67,10 +70,17 @@ CREATE TABLE progress (
   ended REAL NOT NULL DEFAULT 0  -- when a reading of all that took several looks ended, in Unix time
 );
 """
+_ENCODER = msgspec.json.Encoder()
 
 
-class _Line(msgspec.Struct):
+class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An annotated task, its row aside."""
+
     task: int
+    annotations: int
+    place: str
+    content: int | None = None  # the checksum of its image's hash; None: it has no row
+    changed: str = ""  # when the annotation that counts was
 
 
 class SnapshotIndex:
@@ -99,7 +109,7 @@ class SnapshotIndex:
     def clear(self) -> None:
         """Make it an empty index."""
         self._database.executescript(
-            f"DROP TABLE IF EXISTS tasks; DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS progress; {_TABLES}"
+            f"DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS figures; DROP TABLE IF EXISTS progress; {_TABLES}"
         )
         self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, self._made_with))
         self._database.execute(f"PRAGMA user_version={FORMAT}")
@@ -163,33 +173,46 @@ class SnapshotIndex:
 
     def put(self, tasks: Iterable[AnnotatedTask]) -> None:
         """Take in tasks as they are now; one without annotations goes."""
-        entries: list[tuple[object, ...]] = []
-        gone: list[tuple[int]] = []
-        blocks: defaultdict[int, dict[int, bytes]] = defaultdict(dict)
-        encode = msgspec.json.Encoder().encode
+        blocks: defaultdict[int, list[AnnotatedTask]] = defaultdict(list)
         for task in tasks:
-            lines, annotation = blocks[task.id // _BLOCK], task.latest
-            lines[task.id] = b""
+            blocks[task.id // _BLOCK].append(task)
+        for number, some in blocks.items():
+            self._put_into_block(number, some)
+
+    def _put_into_block(self, number: int, tasks: list[AnnotatedTask]) -> None:
+        entries, lines = self._block(number)
+        rows: dict[int, ManifestRow | msgspec.Raw] = dict(lines)
+        for task in tasks:
+            annotation = task.latest
             if annotation is None:
-                gone.append((task.id,))
+                entries.pop(task.id, None)
+                rows.pop(task.id, None)
                 continue
             count = 1 if len(task.annotations) == 1 else len(task.counting)
             row = row_of(task, annotation, self._config, self._label_config)
             if isinstance(row, str):
-                entries.append((task.id, count, row, None, None))
+                entries[task.id] = _Entry(task.id, count, row)
+                rows.pop(task.id, None)
                 continue
-            entries.append((task.id, count, row.split, zlib.crc32(row.sha256.encode()), annotation.updated_at))
-            lines[task.id] = encode(row) + b"\n"
-        self._database.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?)", entries)
-        self._database.executemany("DELETE FROM tasks WHERE id = ?", gone)
-        for number, changed in blocks.items():
-            lines = self._lines(number) | changed
-            together = b"".join([line for _, line in sorted(lines.items())])
-            self._database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?)", (number, together))
+            entries[task.id] = _Entry(task.id, count, row.split, zlib.crc32(row.sha256.encode()), annotation.updated_at)
+            rows[task.id] = row
+        by_task = [entries[task] for task in sorted(entries)]
+        annotations = sum([entry.annotations for entry in by_task])
+        places = _ENCODER.encode(Counter([entry.place for entry in by_task]))
+        contents = array("I", [entry.content for entry in by_task if entry.content is not None]).tobytes()
+        together = _ENCODER.encode_lines([rows[task] for task in sorted(rows)])
+        self._database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (number, _ENCODER.encode(by_task), together))
+        figures = number, len(by_task), annotations, places, contents
+        self._database.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", figures)
 
-    def _lines(self, block: int) -> dict[int, bytes]:
-        found = self._database.execute("SELECT lines FROM blocks WHERE number = ?", (block,)).fetchone()
-        return _by_task(found[0]) if found else {}
+    def _block(self, number: int) -> tuple[dict[int, _Entry], dict[int, msgspec.Raw]]:
+        """What there is of a block's tasks, and of the manifest's lines; both by task, in this order."""
+        found = self._database.execute("SELECT entries, lines FROM blocks WHERE number = ?", (number,)).fetchone()
+        if found is None:
+            return {}, {}
+        entries = {entry.task: entry for entry in msgspec.json.decode(found[0], type=list[_Entry])}
+        with_rows = [task for task, entry in entries.items() if entry.content is not None]
+        return entries, dict(zip(with_rows, map(msgspec.Raw, found[1].splitlines()), strict=True))
 
     @property
     def _progress(self) -> tuple[str | None, str | None, int]:
@@ -203,7 +226,7 @@ class SnapshotIndex:
     @property
     def _counts(self) -> tuple[int, int]:
         """Tasks and annotations, as `Tally` has them."""
-        return self._database.execute("SELECT count(*), coalesce(sum(annotations), 0) FROM tasks").fetchone()  # type: ignore[no-any-return]
+        return self._database.execute("SELECT coalesce(sum(tasks), 0), coalesce(sum(annotations), 0) FROM figures").fetchone()  # type: ignore[no-any-return]
 
     def _holds(self, there: Tally) -> bool:
         return self._counts == (there.tasks, there.annotations)
@@ -216,14 +239,16 @@ class SnapshotIndex:
         One row an image: of several tasks with the same content the one annotated last counts, a person's before the model's.
         """
         copies = self._copies()
-        splits = Counter[str]({split: self._number_in(split) for split in get_args(Split)})
+        places = Counter[str]()
+        for (found,) in self._database.execute("SELECT places FROM figures"):
+            places.update(msgspec.json.decode(found, type=dict[str, int]))
+        splits = Counter[str]({split: places.pop(split, 0) for split in get_args(Split)})
         splits.subtract(copies.values())
-        left_out = "SELECT place, count(*) FROM tasks WHERE content IS NULL GROUP BY place ORDER BY place"
-        skipped = dict(self._database.execute(left_out)) | ({_COPY: len(copies)} if copies else {})
+        skipped = dict(sorted(places.items())) | ({_COPY: len(copies)} if copies else {})
         digest, spoilt = hashlib.sha256(), {task // _BLOCK for task in copies}
         for number, lines in self._database.execute("SELECT number, lines FROM blocks ORDER BY number"):
             if number in spoilt:
-                lines = b"".join(line for task, line in _by_task(lines).items() if task not in copies)
+                lines = _ENCODER.encode_lines([line for task, line in self._block(number)[1].items() if task not in copies])
             digest.update(lines)
             manifest.write(lines)
         return Snapshot(
@@ -237,25 +262,23 @@ class SnapshotIndex:
             skipped=skipped,
         )
 
-    def _number_in(self, split: Split) -> int:
-        return int(self._database.execute("SELECT count(*) FROM tasks WHERE place = ?", (split,)).fetchone()[0])
-
     def _copies(self) -> dict[int, Split]:
         """The tasks that do not count, as another one shows the same image, and their splits.
 
         A person's annotation counts before the model's, then the one changed last; the id decides between equals.
         """
-        # The index is made when all has been read, for that takes a fraction of the time that it takes task by task.
-        self._database.execute("CREATE INDEX IF NOT EXISTS contents ON tasks (content)")
-        same = "SELECT content FROM tasks GROUP BY content HAVING count(*) > 1"
-        perhaps = self._database.execute(f"SELECT id, changed FROM tasks WHERE content IN ({same}) ORDER BY id")  # noqa: S608
+        perhaps = self._repeated_contents()
         copies: dict[int, Split] = {}
         best: dict[str, tuple[tuple[bool, str, str], int, Split]] = {}  # by content hash
-        for block, some in groupby(perhaps, key=lambda one: one[0] // _BLOCK):
-            lines = self._lines(block)
-            for task, changed in some:
-                row = msgspec.json.decode(lines[task], type=ManifestRow)
-                this = (not row.by_model, changed, row.annotation), task, row.split
+        for number, contents in self._database.execute("SELECT block, contents FROM figures ORDER BY block"):
+            if perhaps.isdisjoint(array("I", contents)):
+                continue
+            entries, lines = self._block(number)
+            for task, line in lines.items():
+                if entries[task].content not in perhaps:
+                    continue
+                row = msgspec.json.decode(line, type=ManifestRow)
+                this = (not row.by_model, entries[task].changed, row.annotation), task, row.split
                 other = best.get(row.sha256)
                 if other is None or this[0] > other[0]:
                     best[row.sha256], other = this, other
@@ -265,10 +288,14 @@ class SnapshotIndex:
                     copies[other[1]] = other[2]
         return copies
 
-
-def _by_task(lines: bytes) -> dict[int, bytes]:
-    decode = msgspec.json.Decoder(_Line).decode
-    return {decode(line).task: line for line in lines.splitlines(keepends=True)}
+    def _repeated_contents(self) -> set[int]:
+        """The checksums that several tasks have."""
+        parts = [array("I") for _ in range(_PARTS)]
+        for (contents,) in self._database.execute("SELECT contents FROM figures"):
+            for content in array("I", contents):
+                parts[content % _PARTS].append(content)
+        several = [part for part in parts if len(set(part)) < len(part)]
+        return {content for part in several for content, count in Counter(part).items() if count > 1}
 
 
 def freeze(

@@ -118,27 +118,20 @@ class AnnotatedTask(msgspec.Struct, frozen=True, gc=False):
         return image_address(self.data, data_key)
 
     @property
-    def content_hash(self) -> str:
-        """SHA-256 of the image, as `ingest` noted it. Raises `ImageError` for tasks that `ingest` did not make."""
-        value = self.meta.sha256 if self.meta else None
-        if not isinstance(value, str) or len(value) != 64:
+    def content(self) -> tuple[str, str, list[str]]:
+        """What `ingest` noted of the image: its SHA-256, its content group, and the other groups that it resembles.
+
+        An image from before there were groups is its own. Raises `ImageError` for tasks that `ingest` did not make.
+        """
+        meta = self.meta
+        if meta is None or not isinstance(meta.sha256, str) or len(meta.sha256) != 64:
             raise ImageError("the task was not made by labelloop (no sha256 in its meta data)")
-        return value
+        resembled = meta.resembles if isinstance(meta.resembles, list) else []
+        return meta.sha256, str(meta.group or meta.sha256), [str(group) for group in resembled]
 
     def shows(self, sha256: str) -> bool:
         """Whether its image is the one. Label Studio may use a deleted task's id again."""
         return self.meta is not None and self.meta.sha256 == sha256
-
-    @property
-    def content_group(self) -> str:
-        """The content group that `ingest` noted; an image from before there were any is its own. Raises `ImageError`."""
-        return str((self.meta and self.meta.group) or self.content_hash)
-
-    @property
-    def resembled_groups(self) -> list[str]:
-        """The other content groups that the image resembles."""
-        found = self.meta.resembles if self.meta else None
-        return [str(group) for group in found] if isinstance(found, list) else []
 
 
 class PredictTask(msgspec.Struct, frozen=True):
