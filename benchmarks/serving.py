@@ -785,6 +785,8 @@ def main() -> None:
     parser.add_argument("--emulator", action="store_true", help="ask the laptop's stack, too; it is started for that")
     parser.add_argument("--peer-source", type=Path, help="a checkout of label-studio-ml-backend instead of the release")
     options = parser.parse_args()
+    if options.emulator and options.quick:
+        parser.error("--emulator takes part where no latency is added, which --quick leaves out; choose one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
     source = options.peer_source.resolve() if options.peer_source else None
     figures = run(

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from labelloop.errors import LabelloopError
 from labelloop.model_config import ModelConfig
-from labelloop.records import ManifestRow, ModelCard
+from labelloop.records import ModelCard
 from labelloop.settings import Settings
 from training_jobs.dataset import Examples
 
@@ -68,14 +68,6 @@ class Shared(NamedTuple):
     checkpoint: Path
 
 
-class _Sent(NamedTuple):
-    rows: list[ManifestRow]
-    pixels: Path  # they may be larger than memory: everyone maps the same file
-    config: ModelConfig
-    card: ModelCard
-    checkpoint: Path
-
-
 def share(fit: Shared) -> None:
     """Have the others train along; nothing for one of them, or alone."""
     if count() == 1 or rank() > 0:
@@ -83,16 +75,17 @@ def share(fit: Shared) -> None:
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, fit.train.pixels)
         file.flush()
-        _broadcast(_Sent(fit.train.rows, Path(file.name), fit.config, fit.card, fit.checkpoint))
+        _broadcast((fit._replace(train=Examples(fit.train.rows, fit.train.pixels[:0])), Path(file.name)))
         any_of(flag=False)  # everyone has opened it
 
 
 def shared() -> Iterator[Shared]:
     """What the first rank trains, one after the other, until its job is done."""
     while (sent := _broadcast(None)) is not None:
-        pixels = np.load(sent.pixels, mmap_mode="r")
+        fit, file = sent
+        pixels = np.load(file, mmap_mode="r")
         any_of(flag=False)
-        yield Shared(Examples(sent.rows, pixels), sent.config, sent.card, sent.checkpoint)
+        yield fit._replace(train=Examples(fit.train.rows, pixels))
 
 
 def part(batches: Tensor) -> Tensor:
@@ -134,8 +127,8 @@ def any_of(*, flag: bool) -> bool:
     return bool(flags)
 
 
-def _broadcast(sent: _Sent | None) -> _Sent | None:
-    """The first rank's."""
+def _broadcast(sent: tuple[Shared, Path] | None) -> tuple[Shared, Path] | None:
+    """The first rank's: a fit without its pixels, which may be larger than memory, and the file that everyone maps them from."""
     box = [sent]
     with _company():
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))

@@ -116,11 +116,11 @@ def train_along(job: TrainingJob, models: ModelConfigs) -> None:
     """What all ranks but the first do: learn their part of whatever the first one fits."""
     folder = models[job.model]
     uri = folder.config.architecture.weights_uri
-    for train, config, card, checkpoint in ranks.shared():
+    for examples, config, card, checkpoint in ranks.shared():
         make_repeatable(config.hyperparameters.seed, exact=problem.of(config.problem_type).exact)
         fresh, augment = network.build(folder, architectures.fetch(config, job.weights(uri) if uri else None))
-        nothing = Examples([], train.pixels[:0])
-        fit(fresh, Dataset(train, nothing, nothing), config, card, augment, checkpoint, lambda _: None)
+        nothing = Examples([], examples.pixels[:0])
+        fit(fresh, Dataset(examples, nothing, nothing), config, card, augment, checkpoint, lambda _: None)
 
 
 def load_champion(job: TrainingJob, config: ModelConfig) -> Model | None:
