@@ -1,4 +1,4 @@
-"""One deployment of labelloop: its names, its facts, and everything in which a laptop differs from AWS."""
+"""One deployment of labelloop: its names, its facts, its outputs, and everything in which a laptop differs from AWS."""
 
 from __future__ import annotations
 
@@ -160,6 +160,16 @@ class Stage:
         return f"{parts.scheme}://{parts.netloc}"
 
     @property
+    def label_studio_environment(self) -> dict[str, str]:
+        """Without an address `labelloop.settings` says at run time what is missing; synth has warned."""
+        url = {"LABELLOOP_LABEL_STUDIO_URL": self.label_studio_url} if self.label_studio_url else {}
+        return {**url, "LABELLOOP_LABEL_STUDIO_SECRET": self.label_studio_secret}
+
+    def mlflow_environment(self, tracking_uri: str) -> dict[str, str]:
+        secret = {"LABELLOOP_MLFLOW_SECRET": self.mlflow_secret} if self.mlflow_secret else {}
+        return {"LABELLOOP_MLFLOW_TRACKING_URI": tracking_uri, **secret}
+
+    @property
     def network_environment(self) -> dict[str, str]:
         """Tells `retrain` where training jobs run."""
         network = self.facts.training_network
@@ -205,3 +215,8 @@ class Stage:
     def sagemaker_environment(self) -> dict[str, str]:
         """Leads SageMaker's client to the stand-in; the emulator has no SageMaker."""
         return {"AWS_ENDPOINT_URL_SAGEMAKER": self.sagemaker_endpoint} if self.sagemaker_endpoint else {}
+
+
+def output(stack: cdk.Stack, key: str, value: str) -> None:
+    """An output by its exact key: the CLI finds a deployment by them (docs/architecture.md lists all)."""
+    cdk.CfnOutput(stack, f"{key}Output", value=value).override_logical_id(key)

@@ -19,6 +19,8 @@ from infra_cdk.nag import acknowledge, acknowledge_finding
 from infra_cdk.sources import FUNCTIONS, assembled
 from infra_cdk.stage import Stage
 
+INFERENCE_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # functions spread images over the cores themselves
+
 
 class PythonFunction(lambda_.Function):
     """`functions/{name}/handler.py`, entry `handler`. `execution_role` may write the log and traces, and what it is granted.

@@ -23,9 +23,8 @@ from infra_cdk.constructs.alarms import OperatorAlarm
 from infra_cdk.constructs.bucket import PrivateBucket
 from infra_cdk.constructs.grants import allow, allow_reading_objects, allow_writing_objects
 from infra_cdk.nag import acknowledge
-from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack, label_studio_cors
-from infra_cdk.stage import Stage
+from infra_cdk.stage import Stage, output
 from infra_cdk.stage_facts import LabelStudioServer
 
 IMAGE = "heartexlabs/label-studio:1.23.2"  # the version that every test of this project runs against

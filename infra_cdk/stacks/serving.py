@@ -13,13 +13,11 @@ from infra_cdk.constructs.front_door import FrontDoor
 from infra_cdk.constructs.grants import allow, allow_reading_objects
 from infra_cdk.constructs.layers import Layers
 from infra_cdk.constructs.monitoring import Monitoring
-from infra_cdk.constructs.python_function import PythonFunction
+from infra_cdk.constructs.python_function import INFERENCE_THREADS, PythonFunction
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
-from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment
-from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
-from infra_cdk.stage import Stage
+from infra_cdk.stage import Stage, output
 from labelloop.predict import MAX_TASKS, PART
 
 _FAILED_SIGN_INS = 10  # in five minutes: more than a password that somebody mistyped, or that Label Studio was not given
@@ -71,7 +69,7 @@ class ServingStack(cdk.Stack):
         environment = {
             "LABELLOOP_IMAGES_BUCKET": state.images.bucket_name,
             "LABELLOOP_ARTIFACTS_BUCKET": state.artifacts.bucket_name,
-            **label_studio_environment(stage),
+            **stage.label_studio_environment,
             **INFERENCE_THREADS,
         }
         with_models = [layers.core, layers.inference, layers.library, layers.model_configs]

@@ -12,8 +12,7 @@ from infra_cdk.constructs.alarms import AlarmTopic
 from infra_cdk.constructs.bucket import PrivateBucket
 from infra_cdk.constructs.mlflow_app import MlflowApp
 from infra_cdk.constructs.secrets import Secrets
-from infra_cdk.stacks.outputs import output
-from infra_cdk.stage import Stage
+from infra_cdk.stage import Stage, output
 
 
 class StateStack(cdk.Stack):

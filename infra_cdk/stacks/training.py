@@ -21,7 +21,7 @@ from infra_cdk.constructs.grants import (
     allow_writing_objects,
 )
 from infra_cdk.constructs.layers import Layers
-from infra_cdk.constructs.python_function import PythonFunction
+from infra_cdk.constructs.python_function import INFERENCE_THREADS, PythonFunction
 from infra_cdk.constructs.queue_worker import QueueWorker
 from infra_cdk.constructs.secrets import (
     allow_reading_backend_secrets,
@@ -29,10 +29,8 @@ from infra_cdk.constructs.secrets import (
     allow_reading_mlflow_secret,
 )
 from infra_cdk.constructs.training_jobs import TrainingJobs
-from infra_cdk.stacks.environment import INFERENCE_THREADS, label_studio_environment, mlflow_environment
-from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
-from infra_cdk.stage import Stage
+from infra_cdk.stage import Stage, output
 from labelloop import drift
 from labelloop.launcher import NO_MACHINE
 from labelloop.retrain import TRAINING_FAILED
@@ -97,7 +95,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 "LABELLOOP_PRELABEL_QUEUE": prelabel.queue.queue_url,
-                **label_studio_environment(self._stage),
+                **self._stage.label_studio_environment,
             },
         )
         allow_reading_objects(role, self._state.images, "images/")
@@ -117,8 +115,8 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
-                **label_studio_environment(self._stage),
-                **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
+                **self._stage.label_studio_environment,
+                **self._stage.mlflow_environment(self._state.mlflow_tracking_uri),
                 "LABELLOOP_PROMOTE_QUEUE": promote.queue.queue_url,
                 "LABELLOOP_TRAINING_ROLE": self._jobs.role.role_arn,
                 "LABELLOOP_TRAINING_IMAGE": self._jobs.image,
@@ -144,7 +142,7 @@ class TrainingStack(cdk.Stack):
                 "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
-                **mlflow_environment(self._stage, self._state.mlflow_tracking_uri),
+                **self._stage.mlflow_environment(self._state.mlflow_tracking_uri),
                 "LABELLOOP_EVENT_BUS": self._state.event_bus.event_bus_name,
             },
         )
@@ -167,7 +165,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 "LABELLOOP_BACKEND_SECRET_PREFIX": self._stage.backend_secret_prefix,
                 "LABELLOOP_PRELABEL_QUEUE": prelabel.queue.queue_url,
-                **label_studio_environment(self._stage),
+                **self._stage.label_studio_environment,
             },
         )
         allow_reading_objects(role, self._state.artifacts, "champions/", "models/")
@@ -188,7 +186,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_LEDGER_TABLE": self._state.ledger.table_name,
                 "LABELLOOP_PRELABEL_QUEUE": worker.queue.queue_url,
                 "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
-                **label_studio_environment(self._stage),
+                **self._stage.label_studio_environment,
                 **INFERENCE_THREADS,
             },
             layers=[self._layers.inference],

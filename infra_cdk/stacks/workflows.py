@@ -8,10 +8,9 @@ from constructs import Construct
 
 from infra_cdk.constructs.grants import allow, allow_ledger, allow_reading_objects
 from infra_cdk.constructs.secrets import allow_reading_backend_secrets, allow_reading_label_studio_secret
-from infra_cdk.stacks.outputs import output
 from infra_cdk.stacks.state import StateStack
 from infra_cdk.stacks.training import TrainingStack
-from infra_cdk.stage import Stage
+from infra_cdk.stage import Stage, output
 from infra_cdk.stage_facts import Workflows
 
 _AUDIENCE = "sts.amazonaws.com"
