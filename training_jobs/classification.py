@@ -1,4 +1,4 @@
-"""What is particular to image classification: targets, loss, scores and their plot."""
+"""What is particular to image classification: targets, loss, scores and their plot, and what its decisions say."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from torch.nn import functional
 from labelloop import problem_types
 from labelloop.model_config import ModelConfig
 from labelloop.records import Interval, ManifestRow, ModelCard, Region, Scores
-from training_jobs import decisions, label_quality, paired
-from training_jobs.decisions import Decisions
+from training_jobs import paired
+from training_jobs.decisions import Decisions, LabelQuality, mislabelled, named, probabilities_of
 from training_jobs.heads import Logits
-from training_jobs.label_quality import LabelQuality
 from training_jobs.paired import Difference
 
 _ALIKE = 10  # examples of a class from which it needs no help
@@ -55,10 +54,13 @@ class Classification:
         )
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
-        return decisions.of_classes(rows, candidates, classes)
+        """One an image, about its class. The likeliest one is shown."""
+        probabilities = probabilities_of(candidates, classes)
+        answers = np.array([classes.index(row.regions[0].label) for row in rows], dtype=np.int64)
+        return Decisions(probabilities, answers, probabilities.max(axis=1), probabilities.argmax(axis=1) == answers)
 
     def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
-        return decisions.named(truth, found)
+        return named(truth, found)
 
     def interval(
         self,
@@ -90,7 +92,10 @@ class Classification:
         return paired.proportions(ours, theirs, of, confidence)
 
     def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
-        return label_quality.of_classes(rows, candidates, card)
+        """The probability of the annotated class (self-confidence)."""
+        given = np.array([card.classes.index(row.regions[0].label) for row in rows])
+        probabilities = probabilities_of(candidates, card.classes)
+        return LabelQuality(probabilities[np.arange(len(given)), given], mislabelled(given, probabilities))
 
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
         """The confusion matrix, a row for each true class."""

@@ -1,17 +1,23 @@
-"""What a model decides about images, as probabilities that can be held against what annotators said."""
+"""What a model decides about images, as probabilities that are held against what annotators said: to judge the model, and them.
+
+How many annotations are wrong is reckoned by confident learning (Northcutt et al. 2021) in cleanlab, which is imported where it
+is used: it brings pandas, and takes a second.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labelloop.records import ManifestRow, Region
-from training_jobs.average_precision import matches
+from labelloop.records import Region
+from training_jobs.paired import Floats
 
-type Floats = NDArray[np.float64]
+type Integers = NDArray[np.int64]
+type Flags = NDArray[np.bool]
 
 
 class Decisions(NamedTuple):
@@ -21,32 +27,16 @@ class Decisions(NamedTuple):
     """
 
     probabilities: Floats
-    answers: NDArray[np.int64]
+    answers: Integers
     shown: Floats
-    true: NDArray[np.bool_]
+    true: Flags
 
 
-def of_classes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
-    """One an image, about its class. The likeliest one is shown."""
-    probabilities = probabilities_of(candidates, classes)
-    answers = np.array([classes.index(row.regions[0].label) for row in rows], dtype=np.int64)
-    return Decisions(probabilities, answers, probabilities.max(axis=1), probabilities.argmax(axis=1) == answers)
+class LabelQuality(NamedTuple):
+    """Of each image `[N]`: how likely its annotation is right, 0 to 1, and whether it counts as wrong."""
 
-
-def of_sets(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
-    """One a class and image, about whether the image has it."""
-    has = np.array([[any(region.label == name for region in row.regions) for name in classes] for row in rows], dtype=bool)
-    return _of_two(probabilities_of(candidates, classes).ravel(), has.ravel())
-
-
-def of_boxes(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
-    """One a box, about whether it is right: whether it has a true box of its class to itself, with an IoU of a half or more."""
-    scores, right = [], []
-    for row, regions in zip(rows, candidates, strict=True):
-        decided = boxed(row.regions, [region for region in regions if region.label in classes])
-        scores += [score for score, _ in decided]
-        right += [true for _, true in decided]
-    return _of_two(np.array(scores, dtype=np.float64), np.array(right, dtype=bool))
+    scores: Floats
+    wrong: Flags
 
 
 def named(truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
@@ -55,17 +45,8 @@ def named(truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float,
     return [(region.score or 0.0, region.label in there) for region in found]
 
 
-def boxed(truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
-    """The score of each box that is found in an image, and whether it is right; see `of_boxes`."""
-    decided: list[tuple[float, bool]] = []
-    for name in dict.fromkeys(region.label for region in found):
-        best = sorted((region for region in found if region.label == name), key=lambda region: -(region.score or 0.0))
-        hits = matches([region for region in truth if region.label == name], best)
-        decided += [(region.score or 0.0, hit) for region, hit in zip(best, hits, strict=True)]
-    return decided
-
-
-def _of_two(probability: Floats, true: NDArray[np.bool_]) -> Decisions:
+def yes_or_no(probability: Floats, true: Flags) -> Decisions:
+    """Decisions between two answers, from the probability of yes, which is shown, and whether yes is true: both `[N]`."""
     return Decisions(np.column_stack([1 - probability, probability]), true.astype(np.int64), probability, true)
 
 
@@ -73,3 +54,19 @@ def probabilities_of(candidates: Sequence[Sequence[Region]], classes: Sequence[s
     """`[images, classes]`, of all candidates of each image."""
     scores = [{region.label: region.score or 0.0 for region in found} for found in candidates]
     return np.array([[its[name] for name in classes] for its in scores], dtype=np.float64).reshape(-1, len(classes))
+
+
+def mislabelled(given: Integers, probabilities: Floats) -> Flags:
+    """The annotations of least self-confidence, as many as confident learning reckons to be wrong.
+
+    `given` `[N]` are numbers of classes, `probabilities` `[N, classes]`. Of cleanlab's filters this one goes with the ranking,
+    and was the most precise: see docs/benchmarks.md.
+    """
+    from cleanlab.filter import find_label_issues
+
+    if len(np.unique(given)) < 2:  # it compares classes with each other
+        return np.zeros(len(given), dtype=np.bool)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # few images of a class: that is how annotating starts
+        wrong: Flags = find_label_issues(given, probabilities, filter_by="low_self_confidence", n_jobs=1)
+    return wrong

@@ -1,4 +1,5 @@
-"""What is particular to detection: targets in pixels, the loss of torchvision's detectors, scores and their plot."""
+"""What is particular to detection: targets in pixels, the loss of torchvision's detectors, scores and their plot, and what
+its decisions say."""
 
 from __future__ import annotations
 
@@ -6,22 +7,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from labelloop import problem_types
 from labelloop.model_config import ModelConfig
 from labelloop.records import Interval, ManifestRow, ModelCard, Region, Scores
-from training_jobs import decisions, heads, label_quality, paired
-from training_jobs.average_precision import AveragePrecision
-from training_jobs.decisions import Decisions
-from training_jobs.label_quality import LabelQuality
+from training_jobs import heads, paired
+from training_jobs.average_precision import AveragePrecision, matches
+from training_jobs.decisions import Decisions, LabelQuality, yes_or_no
 from training_jobs.multilabel import per_class_plot
-from training_jobs.paired import Difference
+from training_jobs.paired import Difference, Floats
 
 _SMALLEST = 1.0  # pixels of a box's sides: what augmentation leaves less of is no example
+_CONTRADICTED = 0.5  # score under which a detector contradicts
 
 
 class Detection:
@@ -64,10 +67,22 @@ class Detection:
         )
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
-        return decisions.of_boxes(rows, candidates, classes)
+        """One a box, about whether it is right."""
+        scores, right = [], []
+        for row, regions in zip(rows, candidates, strict=True):
+            decided = self.reported(row.regions, [region for region in regions if region.label in classes])
+            scores += [score for score, _ in decided]
+            right += [true for _, true in decided]
+        return yes_or_no(np.array(scores, dtype=np.float64), np.array(right, dtype=bool))
 
     def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
-        return decisions.boxed(truth, found)
+        """A box is right that has a true box of its class to itself, with an IoU of a half or more."""
+        decided: list[tuple[float, bool]] = []
+        for name in dict.fromkeys(region.label for region in found):
+            best = sorted((region for region in found if region.label == name), key=lambda region: -(region.score or 0.0))
+            hits = matches([region for region in truth if region.label == name], best)
+            decided += [(region.score or 0.0, hit) for region, hit in zip(best, hits, strict=True)]
+        return decided
 
     def interval(
         self,
@@ -95,7 +110,29 @@ class Detection:
         return paired.bootstrapped(ours, theirs, truths, classes, confidence)
 
     def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
-        return label_quality.of_boxes(rows, candidates, card)
+        """Boxes that are missing, misplaced or of the wrong class: the least of ObjectLab's three scores (Tkachenko et al. 2023).
+
+        ObjectLab takes boxes of a score of 0.95 for sure ones, which many detectors never give. Sure is here, as in confident
+        learning, what scores as much as boxes do on average that find an annotated one. An annotated box that the model does
+        not find is no contradiction.
+        """
+        from cleanlab.object_detection import rank
+
+        labels = [_cleanlab_labels(row.regions, card) for row in rows]
+        predictions = [_cleanlab_predictions(found, card) for found in candidates]
+        sure = _usual_score(rows, candidates)
+        scores = np.min(
+            [
+                rank.pool_box_scores_per_image(of_boxes)
+                for of_boxes in (
+                    rank.compute_overlooked_box_scores(labels=labels, predictions=predictions, high_probability_threshold=sure),
+                    rank.compute_swap_box_scores(labels=labels, predictions=predictions, high_probability_threshold=sure),
+                    rank.compute_badloc_box_scores(labels=labels, predictions=predictions, low_probability_threshold=sure / 2),
+                )
+            ],
+            axis=0,
+        )
+        return LabelQuality(scores, scores < _CONTRADICTED)
 
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
         return per_class_plot(result, classes, title, folder)
@@ -147,3 +184,32 @@ def _boxes(regions: Sequence[Region], names: Sequence[str]) -> dict[str, Tensor]
         "labels": torch.tensor([names.index(region.label) for region in regions], dtype=torch.int64),
         "scores": torch.tensor([region.score or 0.0 for region in regions], dtype=torch.float32),
     }
+
+
+def _usual_score(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]]) -> float:
+    """The mean score of the best candidates for the annotated boxes that have any; 1 where none has."""
+    agrees = problem_types.of("detection").agrees
+    best = [
+        max((found.score or 0.0 for found in said if agrees([found], [region])), default=None)
+        for row, said in zip(rows, candidates, strict=True)
+        for region in row.regions
+    ]
+    return float(np.mean([score for score in best if score is not None] or [1.0]))
+
+
+def _cleanlab_labels(regions: Sequence[Region], card: ModelCard) -> dict[str, Any]:
+    """Annotated boxes as cleanlab takes them."""
+    classes = np.array([card.classes.index(region.label) for region in regions], dtype=np.int64)
+    return {"bboxes": _cleanlab_boxes(regions, card), "labels": classes}
+
+
+def _cleanlab_predictions(found: Sequence[Region], card: ModelCard) -> list[Floats]:
+    """For each class its boxes and their scores, `[N, 5]`."""
+    by_class = [[region for region in found if region.label == name] for name in card.classes]
+    return [np.column_stack([_cleanlab_boxes(its, card), [region.score or 0.0 for region in its]]) for its in by_class]
+
+
+def _cleanlab_boxes(regions: Sequence[Region], card: ModelCard) -> Floats:
+    """Boxes float64 `[N, 4]` in pixels, which cleanlab measures distances by."""
+    corners = np.array([region.box for region in regions], dtype=np.float64).reshape(-1, 4)
+    return corners * (card.width, card.height, card.width, card.height)

@@ -1,4 +1,4 @@
-"""What is particular to images with any number of classes: targets, loss, scores and their plot."""
+"""What is particular to images with any number of classes: targets, loss, scores and their plot, and what its decisions say."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from torchmetrics.functional.classification import binary_f1_score
 from labelloop import problem_types
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, Interval, ManifestRow, ModelCard, Region, Scores
-from training_jobs import decisions, label_quality, paired
-from training_jobs.decisions import Decisions
+from training_jobs import paired
+from training_jobs.decisions import Decisions, LabelQuality, mislabelled, named, probabilities_of, yes_or_no
 from training_jobs.heads import Logits
-from training_jobs.label_quality import LabelQuality
 from training_jobs.paired import Difference, Floats
 
 
@@ -55,10 +54,12 @@ class Multilabel:
         )
 
     def decisions(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], classes: Sequence[str]) -> Decisions:
-        return decisions.of_sets(rows, candidates, classes)
+        """One a class and image, about whether the image has it."""
+        has = np.array([[any(region.label == name for region in row.regions) for name in classes] for row in rows], dtype=bool)
+        return yes_or_no(probabilities_of(candidates, classes).ravel(), has.ravel())
 
     def reported(self, truth: Sequence[Region], found: Sequence[Region]) -> list[tuple[float, bool]]:
-        return decisions.named(truth, found)
+        return named(truth, found)
 
     def interval(
         self,
@@ -86,7 +87,11 @@ class Multilabel:
         return paired.bootstrapped(ours, theirs, truths, classes, confidence)
 
     def label_quality(self, rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Region]], card: ModelCard) -> LabelQuality:
-        return label_quality.of_sets(rows, candidates, card)
+        """The probability of the least likely annotated decision about a class; wrong where one of them is."""
+        given = np.array([[any(region.label == name for region in row.regions) for name in card.classes] for row in rows])
+        yes = probabilities_of(candidates, card.classes)
+        wrong = [mislabelled(has.astype(int), np.column_stack([1 - its, its])) for has, its in zip(given.T, yes.T, strict=True)]
+        return LabelQuality(np.where(given, yes, 1 - yes).min(axis=1), np.any(wrong, axis=0))
 
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
         return per_class_plot(result, classes, title, folder)

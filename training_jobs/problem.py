@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from labelloop.model_config import ModelConfig
 from labelloop.records import Interval, ManifestRow, ModelCard, ProblemTypeName, Region, Scores
 from training_jobs.classification import Classification
-from training_jobs.decisions import Decisions
+from training_jobs.decisions import Decisions, LabelQuality
 from training_jobs.detection import Detection
 from training_jobs.heads import Heads
-from training_jobs.label_quality import LabelQuality
 from training_jobs.multilabel import Multilabel
 from training_jobs.paired import Difference
 
