@@ -152,7 +152,7 @@ def ours(task: Task) -> Result:
 
     from training_jobs import network, problem
     from training_jobs.fit import Epoch, candidates, fit, make_repeatable
-    from training_jobs.phases import Phases
+    from training_jobs.job import Phases
 
     folder, config = _model(task)
     card = _card(config)

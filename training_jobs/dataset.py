@@ -22,9 +22,8 @@ from labelloop import artifacts, imaging, problem_types
 from labelloop.errors import AnnotationError, ImageError, LabelloopError, StorageError
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
-from training_jobs.job import TrainingJob
+from training_jobs.job import Phases, TrainingJob
 from training_jobs.kept import Kept, recipe
-from training_jobs.phases import Phases
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

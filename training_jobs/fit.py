@@ -12,11 +12,15 @@ import os
 import pickle
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,7 +34,6 @@ from labelloop.records import ModelCard, Region
 from training_jobs import problem, ranks
 from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.export import to_network
-from training_jobs.feed import Feed
 from training_jobs.heads import Heads
 from training_jobs.job import STOPPED, stop_noted
 from training_jobs.problem import Augment
@@ -45,6 +48,8 @@ _NORM_BATCHES = 8  # batches from which the averaged weights get batch-norm stat
 _CHECKPOINTS = 10  # in a training
 _FORWARD_AND_BACK = 3  # a step's operations, relative to those of its forward pass
 _A_THREADS_WORK = 500_000_000  # operations of a step from which another thread brings more than it costs
+_RESIDENT = 0.25  # share of a GPU's free memory that the images may take, so that no batch has to travel
+_AHEAD = 2  # batches that are gathered before the step that wants them
 _COMPILED_FROM = 10_000  # steps on a GPU; compiling takes a minute or two
 
 
@@ -181,6 +186,41 @@ def on_gpu(network: nn.Module, *, compiled: bool) -> nn.Module:
     if compiled:
         forward.compile()
     return forward
+
+
+class Feed:
+    """Batches on a device, ready before the steps ask for them.
+
+    `waited`: seconds in which a step had to wait for its batch; on a GPU, which works behind the steps, that is the most that it
+    can have waited.
+    """
+
+    def __init__(self, pixels: Pixels, device: torch.device) -> None:
+        self.waited = 0.0
+        self._pixels, self._device = pixels, device
+        self._resident: Tensor | None = None
+        if device.type == "cuda" and pixels.nbytes <= _RESIDENT * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.from_numpy(pixels).to(device)
+
+    def batches(self, numbers: Tensor) -> Iterator[Tensor]:
+        """For each batch of numbers, int64 `[batches, N]`, the images, uint8 `[N, height, width, channels]`."""
+        if self._resident is not None:
+            yield from (self._resident[batch.to(self._device, non_blocking=True)] for batch in numbers.unbind())
+            return
+        with ThreadPoolExecutor(1) as thread:
+            left = iter(numbers.unbind())
+            coming: deque[Future[Tensor]] = deque(thread.submit(self._gathered, batch) for batch in islice(left, _AHEAD))
+            while coming:
+                asked = time.perf_counter()
+                images = coming.popleft().result()
+                self.waited += time.perf_counter() - asked
+                coming.extend(thread.submit(self._gathered, batch) for batch in islice(left, 1))
+                yield images.to(self._device, non_blocking=True)
+
+    def _gathered(self, batch: Tensor) -> Tensor:
+        """By numpy: torch would start threads of its own for this one. From pinned memory a GPU fetches by itself."""
+        images = torch.from_numpy(np.take(self._pixels, batch.numpy(), axis=0))
+        return images.pin_memory() if self._device.type == "cuda" else images
 
 
 class _Training:

@@ -53,9 +53,8 @@ from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.embeddings import Embeddings, centroids, embed, embeddings_of
 from training_jobs.export import export, stamp
 from training_jobs.fit import Epoch, fit, make_repeatable
-from training_jobs.job import TrainingJob, exit_when_stopped, report_failure
+from training_jobs.job import Phases, TrainingJob, exit_when_stopped, report_failure
 from training_jobs.labels_saved import labels_saved
-from training_jobs.phases import Phases
 from training_jobs.probe import Seen
 from training_jobs.suspicion import suspects
 from training_jobs.tracking import Run

@@ -20,8 +20,7 @@ from tests.examples import CONFIGS, DIGITS, model_card
 from tests.training.opt_ml import manifest_rows
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.export import to_network
-from training_jobs.feed import Feed
-from training_jobs.fit import Epoch, HalfPrecision, fit, make_repeatable, threads
+from training_jobs.fit import Epoch, Feed, HalfPrecision, fit, make_repeatable, threads
 from training_jobs.heads import Logits
 from training_jobs.network import build
 

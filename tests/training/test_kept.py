@@ -18,8 +18,7 @@ from tests.examples import DIGITS, model_card
 from tests.training.opt_ml import OptMl, manifest_rows
 from training_jobs import dataset
 from training_jobs.dataset import Dataset
-from training_jobs.job import TrainingJob
-from training_jobs.phases import Phases
+from training_jobs.job import Phases, TrainingJob
 
 CARD = model_card()
 

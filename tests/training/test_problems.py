@@ -24,8 +24,7 @@ from tests.training.models import config_of, rectangles, write_folder
 from tests.training.opt_ml import OptMl, manifest_rows
 from training_jobs import dataset, network, problem, train
 from training_jobs.fit import Epoch, fit, make_repeatable
-from training_jobs.job import STOPPED, TrainingJob
-from training_jobs.phases import Phases
+from training_jobs.job import STOPPED, Phases, TrainingJob
 
 Run = Callable[[OptMl], int]
 NEW: list[ProblemTypeName] = ["multilabel", "detection"]
