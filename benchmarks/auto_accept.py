@@ -23,7 +23,7 @@ from benchmarks.labels import Images, images
 from labelloop import problem_types
 from labelloop.auto_accept import FALSE_ALARM, evidence
 from labelloop.records import Region
-from training_jobs.auto_accept import accept_from
+from training_jobs.calibration import accept_from
 from training_jobs.dataset import Pixels
 
 COUNT = 1000  # images annotated

@@ -552,11 +552,11 @@ def _repacked(archive: bytes, hashes: set[str]) -> bytes | None:
 
 def _page(report: bytes) -> bytes:
     """The page about a report."""
-    from training_jobs import report_page  # matplotlib
+    from training_jobs import evaluation_page  # matplotlib
 
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "evaluation.html"
-        report_page.write(msgspec.json.decode(report, type=Evaluation), page)
+        evaluation_page.write(msgspec.json.decode(report, type=Evaluation), page)
         return page.read_bytes()
 
 

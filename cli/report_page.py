@@ -18,7 +18,7 @@ from cli.turnaround import TRAINING
 from labelloop.records import METRIC_TITLES, Interval, Verdict
 from training_jobs.calibration import Bin
 from training_jobs.drawing import BAD, BLUE, GOOD, INK, UNSURE, draw_confusion, render, svg
-from training_jobs.report_page import FIGURES
+from training_jobs.evaluation_page import FIGURES
 
 _MARKS: dict[Verdict, tuple[str, str]] = {
     "promote": ("o", GOOD),

@@ -22,8 +22,8 @@ from labelloop import artifacts, imaging, problem_types
 from labelloop.errors import AnnotationError, ImageError, LabelloopError, StorageError
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
+from training_jobs.cache import Cache, recipe
 from training_jobs.job import Phases, TrainingJob
-from training_jobs.kept import Kept, recipe
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -92,8 +92,8 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
     pixels = _room((len(rows), card.height, card.width, 1 if card.mode == "L" else 3), job.folder)
     hashes = [row.sha256 for row in rows]
     phases.begin("read")
-    kept = Kept(job.cache, f"decoded/{recipe(card)}", "decoded images") if job.cache else None
-    missing = kept.fill(pixels, hashes) if kept else list(range(len(rows)))
+    cache = Cache(job.cache, f"decoded/{recipe(card)}", "decoded images") if job.cache else None
+    missing = cache.fill(pixels, hashes) if cache else list(range(len(rows)))
     phases.begin("decode")
 
     def fill(number: int) -> str | None:
@@ -112,8 +112,8 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
             "of the snapshot's images cannot be used",
             [problem for problem in readers.map(fill, missing) if problem],
         )
-    if kept and missing:
-        kept.keep(pixels, hashes, missing)
+    if cache and missing:
+        cache.keep(pixels, hashes, missing)
     return Images(pixels, len(missing))
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ModelCard, Probe
 from training_jobs import problem
+from training_jobs.cache import Cache, recipe
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.embeddings import Embeddings, embed
 from training_jobs.export import to_network
 from training_jobs.fit import score
 from training_jobs.heads import Logits
-from training_jobs.kept import Kept, recipe
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Seen:
     kept: int
 
 
-def look(fresh: nn.Module, folder: ModelFolder, card: ModelCard, train: Examples, cache: str | None) -> Seen | None:
+def look(fresh: nn.Module, folder: ModelFolder, card: ModelCard, train: Examples, address: str | None) -> Seen | None:
     """Look at images with a network that knows nothing yet but the weights it starts from.
 
     None where it does not end in one linear layer. The network is left in evaluation mode.
@@ -55,14 +55,14 @@ def look(fresh: nn.Module, folder: ModelFolder, card: ModelCard, train: Examples
     if layer is None:
         log.info("no linear probe: the network does not end in one linear layer with a bias")
         return None
-    kept = Kept(cache, f"features/{recipe(card)}-{_digest(fresh, layer, folder)}", "features") if cache else None
+    cache = Cache(address, f"features/{recipe(card)}-{_digest(fresh, layer, folder)}", "features") if address else None
     features = np.empty((len(train), layer.in_features), dtype=np.float32)
     hashes = [row.sha256 for row in train.rows]
-    missing = kept.fill(features, hashes) if kept else list(range(len(train)))
+    missing = cache.fill(features, hashes) if cache else list(range(len(train)))
     if missing:
         features[missing] = embed(fresh, card.problem_type, train.pixels[missing])
-        if kept:
-            kept.keep(features, hashes, missing)
+        if cache:
+            cache.keep(features, hashes, missing)
     return Seen(features, len(train) - len(missing))
 
 

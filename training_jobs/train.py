@@ -39,15 +39,14 @@ from training_jobs import (
     architectures,
     calibration,
     dataset,
+    evaluation_page,
     network,
     out_of_fold,
     probe,
     problem,
     quantization,
     ranks,
-    report_page,
 )
-from training_jobs.auto_accept import accept_from
 from training_jobs.comparison import compare
 from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.embeddings import Embeddings, centroids, embed, embeddings_of
@@ -220,7 +219,7 @@ def inform(card: ModelCard, unseen: Unseen, train_split: Embeddings, holdout: Em
         card,
         certainties=calibration.certainties(card.problem_type, unseen.of("validation", "test"), card),
         centroids=centroids(train_split, config.queue.clusters, config.hyperparameters.seed),
-        accept_from=accept_from(unseen.rows, unseen.candidates, accept.precision, card) if accept else None,
+        accept_from=calibration.accept_from(unseen.rows, unseen.candidates, accept.precision, card) if accept else None,
         drift=drift.reference(holdout, [certainty(found, card) for found in unseen.of("test")]),
     )
 
@@ -322,7 +321,7 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run, data: Dataset, ph
     complete = msgspec.structs.replace(evaluation, run_id=run.id, challenger=numbered, timing=timing)
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "evaluation.html"
-        report_page.write(complete, page)
+        evaluation_page.write(complete, page)
         run.keep(page)
     job.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(complete)))
     run.keep(job.evaluation)

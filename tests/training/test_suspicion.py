@@ -10,7 +10,7 @@ import pytest
 
 from labelloop import problem_types
 from labelloop.records import Box, BoxRules, ManifestRow, ModelCard, ProblemTypeName, Region, Split
-from training_jobs.auto_accept import accept_from
+from training_jobs.calibration import accept_from
 from training_jobs.suspicion import suspects
 
 CLASSES = ["cat", "dog", "owl"]

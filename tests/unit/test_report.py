@@ -18,7 +18,7 @@ from labelloop.model_config import ModelFolder
 from labelloop.records import HoldoutImage, ProblemTypeName
 from tests import examples
 from tests.deployed import Stage, deployed
-from tests.training.test_report_page import Page
+from tests.training.test_evaluation_page import Page
 
 SECTIONS = ["learning-curve", "confusion", "calibration", "queue", "label-savings", "acceptance", "turnaround", "cost"]
 HOSTILE = ["<script>1</script>", "$x_{", '"&amp;', "größer"]

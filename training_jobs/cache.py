@@ -39,7 +39,7 @@ _LIBRARIES = ("libjpeg_turbo", "zlib", "webp", "libtiff")  # those that decode
 log = logging.getLogger(__name__)
 
 
-class Kept:
+class Cache:
     """One array an image, all of one kind: `cache` is `s3://bucket/prefix/` of the model, `folder` stands for how they are made.
 
     `what` they are called in the log.

@@ -11,7 +11,7 @@ import pytest
 
 from labelloop.records import Evaluation, HoldoutImage, Int8, Interval, LabelsSaved, Probe, Region, Scores, Timing
 from tests import examples
-from training_jobs import report_page
+from training_jobs import evaluation_page
 
 
 class Page(HTMLParser):
@@ -34,7 +34,7 @@ class Page(HTMLParser):
 
 
 def page(report: Evaluation, folder: Path) -> Page:
-    report_page.write(report, folder / "evaluation.html")
+    evaluation_page.write(report, folder / "evaluation.html")
     return Page((folder / "evaluation.html").read_text(encoding="utf-8"))
 
 
