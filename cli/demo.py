@@ -27,7 +27,6 @@ from cli.deployment import BackendAccess, Deployment, addresses_to_show
 from cli.examples import Example, ExampleModel
 from cli.label_studio_project import set_up_project
 from cli.progress import Steps
-from cli.turnaround import said, turnaround
 from cli.upload import upload
 from labelloop import imaging, problem_types
 from labelloop.artifacts import s3_uri
@@ -132,7 +131,7 @@ class Demo:
                 if promotion.verdict == "promote":
                     self._wait_for_label_studio(deployment, project.project, promotion.version)
                 job = training_job.description(promotion.job_name)
-                parts = turnaround(job, promotion, annotated_at=annotated_at, served_at=datetime.now(UTC))
+                parts = training_job.turnaround(job, promotion, annotated_at=annotated_at, served_at=datetime.now(UTC))
             with self._phase(f"serve {count}"):
                 served = ask_about_holdout(deployment, folder, data)
             self._note(deployment, promotion, served, parts)
@@ -221,7 +220,7 @@ class Demo:
         )
         self._report.versions.append(version)
         self._console.print(_line(version, self._report.metric), style="bold green", highlight=False, soft_wrap=True)
-        self._console.print(f"  {said(parts)}", highlight=False, soft_wrap=True)
+        self._console.print(f"  {training_job.turnaround_in_words(parts)}", highlight=False, soft_wrap=True)
         if not serves:
             self._console.print(f"  kept version {champion.version if champion else 0}: {escape(promotion.reason)}")
 

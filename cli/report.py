@@ -10,7 +10,6 @@ import msgspec
 from cli import cost, training_job
 from cli.deployment import Deployment
 from cli.status import Status, read_status
-from cli.turnaround import turnaround
 from infra_cdk.stage_facts import read_facts
 from labelloop.errors import LabelloopError
 from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
@@ -153,7 +152,7 @@ class _Reader:
         if last is None:
             return None
         try:
-            seconds = turnaround(training_job.description(last.job_name), last)
+            seconds = training_job.turnaround(training_job.description(last.job_name), last)
         except LabelloopError as error:
             self.problems.append(str(error))
             seconds = last.timing.seconds if last.timing else {}

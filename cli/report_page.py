@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from cli.cost import dollars
 from cli.report import ChampionReport, Estimate, Measured, Report
 from cli.status import Status, Version, how_far, moment, points
-from cli.turnaround import TRAINING
+from cli.training_job import TRAINING
 from labelloop.records import METRIC_TITLES, Interval, Verdict
 from training_jobs.calibration import Bin
 from training_jobs.drawing import BAD, BLUE, GOOD, INK, UNSURE, draw_confusion, render, svg

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cli import training_job
 from cli.deployment import Deployment
-from cli.training_job import Progress
+from cli.training_job import JobProgress
 from labelloop import auto_accept, drift, problem_types, shadow
 from labelloop.acceptance import Acceptance, acceptance
 from labelloop.auto_accept import AutoAcceptState
@@ -150,7 +150,7 @@ class Status(msgspec.Struct, kw_only=True):
     predicted: int | None
     next_training: NextTraining | None
     running: Job | None
-    progress: Progress | None
+    progress: JobProgress | None
     versions: list[Version]
     holdout: Holdout | None
     queue: QueueStatus
@@ -389,7 +389,7 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
         yield "problem", problem, "yellow"
 
 
-def how_far(progress: Progress) -> str:
+def how_far(progress: JobProgress) -> str:
     """Phase and epoch of a running job."""
     phase = progress.phase.lower()
     return phase if progress.epoch is None else f"{phase}, epoch {progress.epoch:,} of {progress.epochs:,}"

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from cli.turnaround import said, turnaround
+from cli.training_job import turnaround, turnaround_in_words
 from labelloop.records import Promotion, Timing
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -54,7 +54,8 @@ def test_parts_are_in_order_and_add_up_to_the_whole() -> None:
         "Label Studio told": 3.0,
     }
     assert sum(parts.values()) == pytest.approx(58)
-    assert said(parts).startswith("58 s from the deciding annotation, 28 s of it beyond training: queue 3.0, machine")
+    words = turnaround_in_words(parts)
+    assert words.startswith("58 s from the deciding annotation, 28 s of it beyond training: queue 3.0, machine")
 
 
 def test_a_job_that_says_nothing_of_its_phases_is_one_part() -> None:
