@@ -525,16 +525,16 @@ def upload_images(
     What lies there already is not sent again: after an interruption run the same command again. Classes from folders or from a
     CSV file's column become annotations, which count for training like any other; tasks that have one are left alone.
     """
-    from cli import upload_run
+    from cli import upload
     from cli.image_sources import gather
 
     folder = ModelConfigs.find()[model]
     sources = gather(paths, folder.config, labels_from_folders=labels_from_folders)
-    report = upload_run.run(Deployment.find(stage, home), folder, sources, problems if as_json else console, dry_run=dry_run)
+    report = upload.run(Deployment.find(stage, home), folder, sources, problems if as_json else console, dry_run=dry_run)
     if as_json:
         print(msgspec.json.encode(report).decode())
     else:
-        upload_run.show(report, console)
+        upload.show(report, console)
     if report.refused:
         raise typer.Exit(2)
 

@@ -1,26 +1,148 @@
-"""Upload images to a model's prefix of the images bucket; each one becomes a task by itself.
+"""`labelloop upload-images`: files become tasks, and what people said of them before becomes annotations.
 
-S3 itself is the record of what is done: the prefix is listed once, and an image that lies there already is not sent again. So an
-upload that was interrupted at any moment goes on where it stopped when it is run again.
+S3 itself is the record of what is done: the prefix is listed once, an image that lies there already is not sent again, and each
+new one becomes a task by itself. A task that has an annotation already, a skipped one too, is left alone, so that what an
+annotator has said stays. So an upload that was interrupted at any moment goes on where it stopped when it is run again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from labelloop import imaging
-from labelloop.artifacts import Bucket, Entry
-from labelloop.errors import ConflictError, ImageError
+import msgspec
+from rich.console import Console
+from rich.markup import escape
 
-THREADS = 16
+from cli.deployment import Deployment
+from cli.image_sources import Source, Sources
+from cli.progress import Steps
+from labelloop import imaging, problem_types
+from labelloop.artifacts import Bucket, Entry, s3_uri
+from labelloop.errors import ConflictError, ImageError, LabelStudioError
+from labelloop.label_studio.client import KnownTask, LabelStudioClient
+from labelloop.model_config import ModelFolder
+from labelloop.records import Region
+
+_UPLOADED_AT_ONCE = 16
 _INGEST = timedelta(minutes=15)  # an object older than that without a task has been lost on the way to Label Studio
+_ANNOTATED_AT_ONCE = 2  # Label Studio on SQLite writes one at a time anyway
+_PAGE = 100  # tasks; few, so that a task is annotated seconds after it was seen without an annotation
+_LOOK_SECONDS = 1.0
+_AGAIN_SECONDS = 30  # then from the first task on: ids of transactions that overlap appear out of order
+_STALLED_SECONDS = 300  # without a new task
 
 Reader = Callable[[], bytes]
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What an upload did, or with `dry_run` would do. Images go by their names in S3, files refused before by their paths.
+
+    `copies`: the image with the same content, whose task counts for both. `sent_again`: images that lay there without a task.
+    `already_annotated`: images with a class whose tasks had an annotation, and were left alone.
+    """
+
+    dry_run: bool
+    uploaded: int = 0
+    already_there: int = 0
+    sent_again: int = 0
+    annotated: int = 0
+    already_annotated: int = 0
+    copies: dict[str, str] = {}
+    refused: dict[str, str] = {}
+
+
+def run(deployment: Deployment, folder: ModelFolder, sources: Sources, console: Console, *, dry_run: bool) -> Report:
+    """Upload what is not there, and annotate what somebody has given a class. `console` shows the progress."""
+    config = folder.config
+    project = deployment.ledger.project(config.name)  # without a project the images could become no tasks
+    images = sources.images
+    with Steps(console, "looking" if dry_run else "uploading", len(images)) as steps:
+        uploaded = upload(
+            deployment.images,
+            config.images_prefix,
+            [(name, source.path.read_bytes) for name, source in images.items()],
+            lambda *_: steps.advance(),
+            dry_run=dry_run,
+        )
+    labels = _labels(images, uploaded)
+    report = Report(
+        dry_run=dry_run,
+        uploaded=len(uploaded.uploaded),
+        already_there=len(uploaded.there),
+        copies=uploaded.copies,
+        refused={**sources.refused, **uploaded.refused},
+    )
+    sent = set(uploaded.uploaded)
+    before = {name: digest for name, digest in uploaded.content.items() if name not in sent}
+    tasks = list(deployment.label_studio.tasks(project, folder.label_config.data_key)) if before else []
+    if dry_run:
+        done = {task.sha256 for task in tasks if task.annotations}
+        report.already_annotated = len(done & set(labels))
+        report.annotated = len(labels) - report.already_annotated
+        return report
+    report.sent_again = len(_send_lost_again(deployment, config.images_prefix, images, uploaded, before, tasks))
+    if labels:
+        with Steps(console, "annotating", len(labels)) as steps:
+            annotated = annotate(deployment.label_studio, project, folder, labels, steps.advance)
+        report.annotated, report.already_annotated = annotated.now, annotated.before
+    return report
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report for a person."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    would = "would be " if report.dry_run else ""
+    say(f"{would}uploaded {report.uploaded:,}, already there {report.already_there:,}, refused {len(report.refused):,}")
+    if report.copies:
+        say(f"{len(report.copies):,} files are copies of others: the task of the same content counts for both")
+    if report.sent_again:
+        say(f"{report.sent_again:,} lay there without a task and were sent to Label Studio again")
+    if report.annotated or report.already_annotated:
+        say(f"{would}annotated {report.annotated:,}, left alone {report.already_annotated:,} that have an annotation")
+    for name, reason in report.refused.items():
+        say(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}")
+
+
+def _labels(images: Mapping[str, Source], uploaded: Uploaded) -> dict[str, tuple[str, ...]]:
+    """Classes by the SHA-256 of the image. A copy with other classes than the first file's is refused."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name, source in images.items():
+        if source.labels is None or name not in uploaded.content:
+            continue
+        first, labels = found.setdefault(uploaded.content[name], (name, source.labels))
+        if set(labels) != set(source.labels):
+            uploaded.refused[name] = (
+                f"is a copy of {first}, which has the class {', '.join(labels)}, this one {', '.join(source.labels)}; "
+                "an image has one annotation: remove one of the files"
+            )
+    return {digest: labels for digest, (_, labels) in found.items()}
+
+
+def _send_lost_again(
+    deployment: Deployment,
+    prefix: str,
+    images: Mapping[str, Source],
+    uploaded: Uploaded,
+    before: Mapping[str, str],
+    tasks: list[KnownTask],
+) -> list[str]:
+    """Images that lay in S3 before, content → `before`, and have no task in the project: S3 is made to tell of them again."""
+    known = {task.sha256 for task in tasks} | {task.image for task in tasks}
+    lost = {}
+    for name, digest in before.items():
+        there = uploaded.copies.get(name, name)
+        if digest not in known and s3_uri(deployment.images.name, prefix + there) not in known:
+            lost[there] = images[name].path.read_bytes
+    return send_again(deployment.images, prefix, lost) if lost else []
 
 
 @dataclass
@@ -60,7 +182,7 @@ def upload(
             run.refuse(name, _reason(error))
         done(name, run.result.refused.get(name))
 
-    in_parallel(one, images, THREADS)
+    _in_parallel(one, images, _UPLOADED_AT_ONCE)
     return run.result
 
 
@@ -72,7 +194,7 @@ def send_again(bucket: Bucket, prefix: str, images: Mapping[str, Reader]) -> lis
     entries = bucket.entries(prefix)
     before = datetime.now(UTC) - _INGEST
     old = [name for name in images if prefix + name in entries and entries[prefix + name].last_modified < before]
-    in_parallel(lambda name: bucket.put(prefix + name, images[name]()), old, THREADS)
+    _in_parallel(lambda name: bucket.put(prefix + name, images[name]()), old, _UPLOADED_AT_ONCE)
     return old
 
 
@@ -132,7 +254,60 @@ class _Upload:
             self.result.content[name] = hashlib.sha256(data).hexdigest()
 
 
-def in_parallel[T](do: Callable[[T], object], things: Iterable[T], threads: int) -> None:
+@dataclass
+class Annotated:
+    """How many tasks were annotated now, and how many had an annotation already."""
+
+    now: int = 0
+    before: int = 0
+
+
+def annotate(
+    label_studio: LabelStudioClient,
+    project: int,
+    folder: ModelFolder,
+    labels: Mapping[str, tuple[str, ...]],
+    done: Callable[[], None],
+    *,
+    stalled_s: float = _STALLED_SECONDS,
+) -> Annotated:
+    """Annotate the tasks of images, SHA-256 → classes, as they appear; `done` hears of each. Those with an annotation stay.
+
+    Raises `LabelStudioError` when for `stalled_s` seconds none of the missing tasks has appeared.
+    """
+    result, waiting = Annotated(), dict(labels)
+    kind, label_config = problem_types.of(folder.config.problem_type), folder.label_config
+    last, progressed = 0, time.monotonic()
+    restarted = progressed
+
+    def one(known: tuple[KnownTask, tuple[str, ...]]) -> None:
+        task, classes = known
+        if not task.annotations:
+            regions = [Region(label=label) for label in classes]
+            label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
+        done()
+
+    while waiting:
+        page = label_studio.tasks_after(project, last, label_config.data_key, limit=_PAGE)
+        found = [(task, waiting.pop(task.sha256)) for task in page if task.sha256 in waiting]
+        _in_parallel(one, found, _ANNOTATED_AT_ONCE)
+        result.now += sum(not task.annotations for task, _ in found)
+        result.before += sum(task.annotations > 0 for task, _ in found)
+        moment = time.monotonic()
+        if found:
+            progressed = moment
+        if page:
+            last = page[-1].id
+        elif moment - progressed > stalled_s:
+            raise LabelStudioError(_stalled(len(waiting), stalled_s))
+        elif waiting:
+            if moment - restarted > _AGAIN_SECONDS:
+                last, restarted = 0, moment
+            time.sleep(_LOOK_SECONDS)
+    return result
+
+
+def _in_parallel[T](do: Callable[[T], object], things: Iterable[T], threads: int) -> None:
     """Do all, several at once. An interruption or an error lets those under way end and begins no others."""
     pool = ThreadPoolExecutor(threads)
     try:
@@ -157,3 +332,10 @@ def _md5_of(entry: Entry) -> str | None:
 
 def _reason(error: Exception) -> str:
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _stalled(missing: int, seconds: float) -> str:
+    return (
+        f"{missing:,} images have become no task, and none has for {seconds:.0f} s; look at the log of the function ingest and "
+        "its queue's dead letters. Then run the same command again: it goes on where it stopped"
+    )

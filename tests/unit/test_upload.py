@@ -20,12 +20,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from cli import upload_run
 from cli.image_sources import Source, gather
-from cli.imported_labels import annotate
 from cli.progress import Steps
-from cli.upload import Uploaded, send_again, upload
-from cli.upload_run import Report
+from cli.upload import Report, Uploaded, annotate, run, send_again, show, upload
 from labelloop.artifacts import Bucket, s3_uri
 from labelloop.errors import ConfigError, LabelloopError, LabelStudioError, RequestError
 from labelloop.label_studio.client import KnownTask
@@ -409,7 +406,7 @@ def task(number: int, content: str, annotations: int = 0) -> KnownTask:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.imported_labels._LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("cli.upload._LOOK_SECONDS", 0.001)
 
 
 def labelled(**labels: str) -> dict[str, tuple[str, ...]]:
@@ -436,7 +433,7 @@ def test_what_has_an_annotation_is_left_alone_so_a_second_run_changes_nothing() 
 
 
 def test_a_task_that_appears_out_of_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.imported_labels._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("cli.upload._AGAIN_SECONDS", 0.0)
     fake = Tasks([task(5, "x")], later=[task(6, "y"), task(2, "late")])
     assert annotate(cast(Any, fake), 1, DIGITS, labelled(late="4"), lambda: None).now == 1
 
@@ -466,7 +463,7 @@ class Upload:
     def run(self, *given: str, dry_run: bool = False, **options: Any) -> Report:
         deployment = SimpleNamespace(images=self.bucket, ledger=self.ledger, label_studio=self.label_studio)
         sources = gather(given, self.folder.config, **options)
-        return upload_run.run(cast(Any, deployment), self.folder, sources, QUIET, dry_run=dry_run)
+        return run(cast(Any, deployment), self.folder, sources, QUIET, dry_run=dry_run)
 
     def tasks_appear(self) -> None:
         """One task a content, as `ingest` makes them."""
@@ -536,7 +533,7 @@ def test_without_a_project_nothing_is_uploaded(kept: Bucket, ledger: Ledger, her
     picture("a.png", 1)
     deployment = SimpleNamespace(images=kept, ledger=ledger, label_studio=Tasks())
     with pytest.raises(LabelloopError, match="setup-label-studio-project digits"):
-        upload_run.run(cast(Any, deployment), DIGITS, gather(["a.png"], DIGITS.config), QUIET, dry_run=False)
+        run(cast(Any, deployment), DIGITS, gather(["a.png"], DIGITS.config), QUIET, dry_run=False)
     assert versions(kept) == 0
 
 
@@ -551,7 +548,7 @@ def test_a_report_is_said_in_lines() -> None:
         copies={"b.png": "a.png"},
         refused={"[red]x.png": "is broken: [bold]"},
     )
-    upload_run.show(report, Console(file=out, width=200))
+    show(report, Console(file=out, width=200))
     assert out.getvalue().splitlines() == [
         "uploaded 1,980, already there 3, refused 1",
         "1 files are copies of others: the task of the same content counts for both",
