@@ -50,6 +50,7 @@ CLASSES = [f"class {number}" for number in range(5)]
 TRIES: dict[ProblemTypeName, int] = {"classification": 1_000, "multilabel": 200, "detection": 100}  # of a cell of 400 images
 SHOWN = (50, 100, 200, 400, 1000)  # holdout images
 BETTER = 0.03
+_FLIPPED = 0.3  # share of the labels
 _MANY = 6_000  # images that tell a model's true quality
 
 type Generator = np.random.Generator
@@ -292,7 +293,7 @@ def _cell(
 # Real: labels flipped on purpose
 
 
-def flipped(tries: int, share: float = 0.3) -> dict[str, Any]:
+def flipped(tries: int) -> dict[str, Any]:
     """Verdicts about networks that were trained on the champion's digits and more, with so many of all labels flipped."""
     digits = load_digits()
     names = [str(name) for name in digits.target_names]
@@ -302,7 +303,7 @@ def flipped(tries: int, share: float = 0.3) -> dict[str, Any]:
         order = generator.permutation(len(digits.target))
         holdout, train, before = order[:400], order[400:1400], order[400:1200]
         labels = digits.target[train].copy()
-        wrong = generator.random(len(train)) < share
+        wrong = generator.random(len(train)) < _FLIPPED
         labels[wrong] = (labels[wrong] + generator.integers(1, 10, wrong.sum())) % 10
         challenger = _network(digits.data[train], labels, seed)
         champion = _network(digits.data[before], digits.target[before], seed)
@@ -313,7 +314,7 @@ def flipped(tries: int, share: float = 0.3) -> dict[str, Any]:
     means = np.mean(accuracies, axis=0)
     return {
         "tries": tries,
-        "flipped": share,
+        "flipped": _FLIPPED,
         "promoted": verdicts.count("promote"),
         "kept": verdicts.count("keep"),
         "undecided": verdicts.count("undecided"),

@@ -26,6 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDES = {"classification": 224, "detection": 320}
 CLASSES = 10
 SHOWN = 0.3  # score from which a box is shown
+OVERLAP = 0.5  # IoU above which the less sure one of two boxes goes
 
 
 def choice(label: int, score: float) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def onnx_model(kind: str, folder: Path, *, tuned: bool) -> Any:
     return predict
 
 
-def nms(boxes: Any, scores: Any, labels: Any, *, overlap: float = 0.5) -> list[int]:
+def nms(boxes: Any, scores: Any, labels: Any) -> list[int]:
     waiting, kept = np.argsort(-scores), []
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     while len(waiting):
@@ -126,7 +127,7 @@ def nms(boxes: Any, scores: Any, labels: Any, *, overlap: float = 0.5) -> list[i
         kept.append(best)
         shared = np.minimum(boxes[waiting, 2:], boxes[best, 2:]) - np.maximum(boxes[waiting, :2], boxes[best, :2])
         both = np.clip(shared, 0, None).prod(axis=1)
-        waiting = waiting[(both / (areas[waiting] + areas[best] - both) <= overlap) | (labels[waiting] != labels[best])]
+        waiting = waiting[(both / (areas[waiting] + areas[best] - both) <= OVERLAP) | (labels[waiting] != labels[best])]
     return kept
 
 

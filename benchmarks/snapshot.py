@@ -184,10 +184,10 @@ def compare(problem: str, counts: Sequence[int], new: int, runs: int) -> list[di
     return rows
 
 
-def exponent(rows: Sequence[dict[str, Any]], kind: str, figure: str = "cpu_s") -> float:
-    """k of the least-squares fit of seconds = c · tasks^k."""
+def exponent(rows: Sequence[dict[str, Any]], kind: str) -> float:
+    """k of the least-squares fit of CPU seconds = c · tasks^k."""
     xs = [math.log(row["tasks"]) for row in rows]
-    ys = [math.log(row[kind][figure]) for row in rows]
+    ys = [math.log(row[kind]["cpu_s"]) for row in rows]
     return statistics.linear_regression(xs, ys).slope
 
 

@@ -25,6 +25,7 @@ from labelloop.errors import LabelStudioError, RequestError, StorageError
 from labelloop.label_studio.client import KnownTask
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelFolder
+from labelloop.promotion import in_points
 from labelloop.records import (
     METRIC_TITLES,
     Interval,
@@ -465,7 +466,7 @@ def _show_version(found: VersionLineage, console: Console) -> None:
     _line(console, "version", f"{version_string(found.model, found.version)}{serving}", bold=True)
     _line(console, "verdict", f"{found.verdict}, {found.decided_at}: {found.reason}")
     if found.metric:
-        against = f", {points(found.difference)} against version {found.compared_with}" if found.difference else ""
+        against = f", {in_points(found.difference)} against version {found.compared_with}" if found.difference else ""
         title = METRIC_TITLES[found.metric]
         _line(console, "measured", f"{title} {found.value:.1%} on {found.holdout_images:,} holdout images{against}")
     _line(console, "trained by", f"{found.job_name}, {found.job_status}, {found.started_at} to {found.ended_at or 'now'}")
@@ -543,11 +544,6 @@ def _show_rebuilt(found: Rebuilt, console: Console) -> None:
         _line(console, "", f"{which}: {change.what}")
     if len(found.changes) > _LISTED:
         _line(console, "", f"and {len(found.changes) - _LISTED:,} more; --json lists them")
-
-
-def points(difference: Interval) -> str:
-    """A difference of shares in percentage points with its interval."""
-    return f"{100 * difference.value:+.1f} points ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
 def _line(console: Console, name: str, text: str, *, bold: bool = False, markup: bool = False) -> None:

@@ -90,14 +90,6 @@ UNUSED = (
     "PIL/_imagingmath.*",
     "PIL/_imagingmorph.*",
     "PIL/_imagingtk.*",
-    *(
-        f"PIL/{name}.py"
-        for name in ("BdfFontFile", "ContainerIO", "FontFile", "GdImageFile", "PcfFontFile", "PdfParser", "PSDraw")
-    ),
-    *(
-        f"PIL/{name}.py"
-        for name in ("ImageCms", "ImageDraw", "ImageDraw2", "ImageEnhance", "ImageFilter", "ImageFont", "ImageGrab")
-    ),
     "PIL/BdfFontFile.py",
     "PIL/ContainerIO.py",
     "PIL/FontFile.py",

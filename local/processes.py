@@ -26,6 +26,7 @@ from local.environment import LOOPBACK
 
 MARK = "LABELLOOP_PROCESS"  # in the environment of a started process: its mark, after those of the processes it descends from
 _LOG_LINES = 15
+_ANSWER_S = 2.0
 _CLOCK_SLACK_S = 2.0  # psutil derives start times from the boot time, which moves when the clock is set
 _PORTS = range(20_000, 32_000)  # below what systems hand to outgoing connections, so that a port is still free after a rest
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -95,11 +96,11 @@ def start(
     return StartedProcess(ProcessRecord(part, popen.pid, created, mark, str(log)), popen)
 
 
-def answers(url: str, *, limit_s: float = 2.0) -> bool:
+def answers(url: str) -> bool:
     """Whether an HTTP GET is answered with a 2xx status."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=limit_s) as answer:
+        with opener.open(url, timeout=_ANSWER_S) as answer:
             return 200 <= int(answer.status) < 300
     except (urllib.error.URLError, OSError, ValueError):
         return False
@@ -196,7 +197,7 @@ def failure(record: ProcessRecord, message: str) -> LocalServiceError:
     return LocalServiceError(record.part, message + (f"; the log ends with\n{ending}" if ending else ""), log)
 
 
-def tail(log: Path, lines: int = _LOG_LINES) -> str:
+def tail(log: Path) -> str:
     """The last lines of a log, without colours."""
     try:
         with log.open("rb") as file:
@@ -204,7 +205,7 @@ def tail(log: Path, lines: int = _LOG_LINES) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join(plain(text).rstrip().splitlines()[-lines:])
+    return "\n".join(plain(text).rstrip().splitlines()[-_LOG_LINES:])
 
 
 def plain(text: str) -> str:

@@ -181,12 +181,6 @@ class LaptopStack:
         """What a training job has written so far; the file appears when its process starts."""
         return self._logs / "jobs" / f"{job_name}.log"
 
-    def function_log(self, name: str) -> str:
-        """What a function (`retrain`, say) has logged so far, in all its workers."""
-        return "".join(
-            path.read_text(errors="replace") for path in sorted((self._logs / "functions").glob(f"*{name.capitalize()}Function*"))
-        )
-
     def _start_missing(self, record: _Record) -> None:
         """Start every part that does not run, all at once: each knows the others' addresses beforehand."""
         running = [part for part in PARTS if part in record.processes and is_running(record.processes[part])]

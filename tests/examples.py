@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
 import io
 import json
+import struct
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +66,10 @@ def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, image_format, **options)
     return file.getvalue()
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def sha256(data: bytes | str) -> str:
@@ -375,6 +382,11 @@ def load_handler(function: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def basic(user: str, password: str) -> str:
+    """The Authorization header of Basic credentials."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def api_event(method: str, model: str, route: str, body: str | None) -> dict[str, Any]:

@@ -129,10 +129,15 @@ class Loop:
 
         wait_for(all_of_them, 180, f"every unlabelled task is predicted by version {version}, once")
 
+    def function_log(self, name: str) -> str:
+        """What a function (`retrain`, say) has logged so far, in all its workers."""
+        files = sorted((self.stack.home / "logs" / "functions").glob(f"*{name.capitalize()}Function*"))
+        return "".join(file.read_text(errors="replace") for file in files)
+
     @property
     def signals_seen(self) -> int:
         """How many messages `retrain` has worked off, by its own log."""
-        lines = [line for line in self.stack.function_log("retrain").splitlines() if '"reconciled"' in line]
+        lines = [line for line in self.function_log("retrain").splitlines() if '"reconciled"' in line]
         return sum(int(json.loads(line)["signals"]) for line in lines)
 
     def job_names(self) -> list[str]:

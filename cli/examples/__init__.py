@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from labelloop.records import Region
 
 ExampleModel = Literal["digits", "digit_detector"]  # the models of model_configs that have an example data set
-MODELS: tuple[ExampleModel, ...] = get_args(ExampleModel)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from tests.training.models import COLOURS, rectangles
 
 MODELS: dict[str, ProblemTypeName] = {"swatches": "classification", "palettes": "multilabel", "patches": "detection"}
 EPOCHS = {"swatches": 6, "palettes": 8, "patches": 20}
-PIXELS = {"swatches": 32, "palettes": 32, "patches": 64}
 FIRST, SECOND = 20, 48  # annotations at which each trains
 IMAGES = 60
 ARTIFACTS = Path("test-artifacts")

@@ -53,6 +53,4 @@ def test_a_task_opens_with_the_predicted_class_and_a_submit_arrives(loop: Loop, 
     assert sent["parent_prediction"], "the annotation does not say which prediction it came from"
     assert loop.annotated == before + 1
     # The webhook went API Gateway → queue → retrain: its log has a look at exactly this count.
-    wait_for(
-        lambda: f"{before + 1} annotations" in loop.stack.function_log("retrain"), 60, "the webhook's effect in retrain's log"
-    )
+    wait_for(lambda: f"{before + 1} annotations" in loop.function_log("retrain"), 60, "the webhook's effect in retrain's log")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from labelloop.prelabel import Prelabelled
 from labelloop.records import Drift
 from labelloop.retrain import Outcome
 from tests import examples
-from tests.examples import LambdaContext, sqs_event
+from tests.examples import LambdaContext, basic, sqs_event
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
 
@@ -287,10 +286,6 @@ def authorize(aws: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, 
         return answer
 
     return ask
-
-
-def basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 @pytest.mark.parametrize("header", ["Authorization", "authorization", "AUTHORIZATION"])

@@ -16,7 +16,7 @@ from PIL import Image
 from tests import examples
 from tests.contract.conftest import Backend
 from tests.contract.test_hostile_input import LARGE
-from tests.examples import encoded
+from tests.examples import encoded, png_chunk
 
 # Reads events, one a line; says of each its status, its predictions, and the most memory that the process had so far, bytes.
 FUNCTION = """
@@ -47,16 +47,12 @@ def serve(events: list[dict[str, Any]], folder: Path) -> list[list[int]]:
     return answers
 
 
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
 def bomb(width: int, height: int, *, colour: int, channels: int, depth: int = 8) -> bytes:
     """A PNG of nothing but zeros."""
     packer, row = zlib.compressobj(9), bytes((width * channels * depth + 7) // 8 + 1)
     pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
 
 
 def bombs() -> dict[str, bytes]:
@@ -74,9 +70,9 @@ def bombs() -> dict[str, bytes]:
         "progressive, just taken": encoded(Image.new("RGB", (5_700, 5_700)), "JPEG", progressive=True, subsampling=0),
         "long JPEG": encoded(Image.new("RGB", (65_000, 450)), "JPEG"),
         "line": bomb(1, 8_000_000, colour=0, channels=1),
-        "chunks": small[:33] + chunk(b"teSt", b"") * 500_000 + small[33:],
-        "text": small[:33] + chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(1_000_000), 9)) * 60 + small[33:],
-        "profile": small[:33] + chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(300_000_000), 9)) + small[33:],
+        "chunks": small[:33] + png_chunk(b"teSt", b"") * 500_000 + small[33:],
+        "text": small[:33] + png_chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(1_000_000), 9)) * 60 + small[33:],
+        "profile": small[:33] + png_chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(300_000_000), 9)) + small[33:],
         "comment": grey[:picture] + b"!\xfe" + b"\1x" * 4_000_000 + b"\0" + grey[picture:],
     }
 

@@ -125,11 +125,11 @@ def completed(loop: Loop) -> str:
 @contextmanager
 def failing(loop: Loop, said: dict[str, str], *, times: int = 1) -> Iterator[None]:
     """What happens in the block makes each of the functions say that something fails; the second time, its message came again."""
-    before = {function: loop.stack.function_log(function).count(text) for function, text in said.items()}
+    before = {function: loop.function_log(function).count(text) for function, text in said.items()}
     yield
     for function, text in said.items():
         wait_for(
-            lambda function=function, text=text: loop.stack.function_log(function).count(text) >= before[function] + times,  # type: ignore[misc]
+            lambda function=function, text=text: loop.function_log(function).count(text) >= before[function] + times,  # type: ignore[misc]
             120,
             f"{function} says {text!r}, {times} times",
         )
@@ -183,7 +183,7 @@ def test_a_webhook_that_label_studio_switched_off_is_switched_on(loop: Loop, fir
         found = webhook(loop)
         assert "ANNOTATION_CREATED" in found["actions"]
         assert found["headers"]["Authorization"] == loop.backend.authorization
-        wait_for(lambda: "the webhook was switched off" in loop.stack.function_log("retrain"), 30, "the log says so")
+        wait_for(lambda: "the webhook was switched off" in loop.function_log("retrain"), 30, "the log says so")
 
 
 def webhook(loop: Loop) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def test_no_log_holds_a_secret_or_an_image(loop: Loop, first_version: Promotion)
         wanted |= {what: magic, f"{what} in base64": base64.b64encode(magic)[: len(magic) * 4 // 3]}
     files = [file for file in (loop.stack.home / "logs").rglob("*") if file.is_file()]
     assert {"retrain", "promote", "ingest", "predict"} <= {
-        name for name in ("retrain", "promote", "ingest", "predict") if loop.stack.function_log(name)
+        name for name in ("retrain", "promote", "ingest", "predict") if loop.function_log(name)
     }
     found = {(file.name, what) for file in files for what, text in wanted.items() if text in file.read_bytes()}
     assert found == set()

@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 
 from labelloop.authorize import authorize
 from labelloop.errors import RequestError
+from tests.examples import basic
 
 STAGE = "arn:aws:execute-api:us-east-1:000000000000:abc123/v1"
 ARN = f"{STAGE}/POST/digits/predict"
 PASSWORDS = {"digits": ("s3cret:with colon",), "faces": ("other",), "pets": ("new", "old"), "empty": ("",)}
-
-
-def basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def answer(header: str, arn: str = ARN) -> dict[str, Any]:

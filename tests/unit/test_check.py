@@ -223,7 +223,6 @@ def test_a_config_that_is_no_config_is_one_problem(models: Path, text: str, said
     assert said in message
 
 
-IMAGE = '<Image name="image" value="$image"/>'
 TEMPLATES: dict[str, tuple[str, Callable[[str], str], str]] = {
     # what is wrong → model, change of the template, what is said
     "no XML": ("detection", lambda xml: xml.replace("</View>", ""), "is not valid XML"),

@@ -7,7 +7,7 @@ import io
 import subprocess
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -21,14 +21,15 @@ from labelloop.dataset import split_of
 from labelloop.label_studio.payloads import Annotation
 from labelloop.model_config import ModelConfigs
 
-_FINGERPRINT = """
+MODELS: tuple[ExampleModel, ...] = get_args(ExampleModel)
+_FINGERPRINT = f"""
 import hashlib
 from cli import examples
-print(hashlib.sha256("".join(f"{e.sha256}{e.truth}" for m in examples.MODELS for e in examples.load(m)).encode()).hexdigest())
+print(hashlib.sha256("".join(f"{{e.sha256}}{{e.truth}}" for m in {MODELS} for e in examples.load(m)).encode()).hexdigest())
 """
 
 
-@pytest.fixture(scope="module", params=examples.MODELS)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> ExampleModel:
     chosen: ExampleModel = request.param
     return chosen
@@ -36,7 +37,7 @@ def model(request: pytest.FixtureRequest) -> ExampleModel:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[ExampleModel, list[Example]]:
-    return {name: examples.load(name) for name in examples.MODELS}
+    return {name: examples.load(name) for name in MODELS}
 
 
 @pytest.fixture(scope="module")

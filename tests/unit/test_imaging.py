@@ -17,10 +17,9 @@ from PIL import Image, ImageDraw
 
 from labelloop import imaging
 from labelloop.errors import ImageError
-from tests.examples import encoded
+from tests.examples import encoded, png_chunk
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def quarters(size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -222,19 +221,15 @@ def test_a_photograph_with_a_second_picture_inside_is_a_jpeg() -> None:
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
 
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
 def with_chunk(png: bytes, name: bytes, content: bytes) -> bytes:
     """A PNG file with one more chunk behind its header."""
-    return png[:33] + chunk(name, content) + png[33:]
+    return png[:33] + png_chunk(name, content) + png[33:]
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG file that claims a size and has next to no data."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0")) + png_chunk(b"IEND", b"")
 
 
 def claiming(data: bytes, width: int, height: int) -> bytes:
@@ -342,12 +337,11 @@ def run_length_bmp(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 0, 0, 0, 54 + 1024) + head + bytes(1024) + (b"\1\1" * width + b"\0\0") * height
 
 
-END = chunk(b"IEND", b"")
 # Each is small for what Pillow alone would make of it: minutes, or gigabytes.
 TIRESOME: dict[str, tuple[bytes, str]] = {
-    "a PNG of very many chunks": (FORMATS["PNG"][:33] + chunk(b"teSt", b"") * 120_000 + FORMATS["PNG"][33:], "pieces"),
+    "a PNG of very many chunks": (FORMATS["PNG"][:33] + png_chunk(b"teSt", b"") * 120_000 + FORMATS["PNG"][33:], "pieces"),
     "a PNG of very many chunks at its end": (
-        FORMATS["PNG"][:-12] + chunk(b"teSt", b"") * 120_000 + FORMATS["PNG"][-12:],
+        FORMATS["PNG"][:-12] + png_chunk(b"teSt", b"") * 120_000 + FORMATS["PNG"][-12:],
         "pieces",
     ),
     "a GIF with a comment in very many blocks": (with_comments(FORMATS["GIF"], 120_000), "pieces"),
@@ -389,7 +383,7 @@ def test_files_below_those_limits_are_read() -> None:
     rows = FORMATS["PNG"]
     photos = [Image.new("RGB", (32, 32), (value, value, value)) for value in range(0, 250, 2)]
     for data in (
-        rows[:33] + chunk(b"teSt", b"") * 5_000 + rows[33:],
+        rows[:33] + png_chunk(b"teSt", b"") * 5_000 + rows[33:],
         with_comments(FORMATS["GIF"], 5_000),
         run_length_bmp(100, 100),
         behind_start(SMALL_JPEG, segment(0xE5, bytes(10)) * 500),
@@ -404,7 +398,7 @@ def test_a_rotation_noted_behind_the_pixels_counts() -> None:
     """PNG allows it there."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = FORMATS["PNG"][:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + FORMATS["PNG"][-12:]
+    data = FORMATS["PNG"][:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + FORMATS["PNG"][-12:]
     info = imaging.inspect(data)
     assert (info.width, info.height) == imaging.upright_size(data) == (48, 64)
 
