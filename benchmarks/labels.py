@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import multiprocessing
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import torch
 import yaml
 from PIL import Image
 
+from benchmarks import note
 from cli.examples.digits import scans
 from labelloop import problem_types
 from labelloop.active_learning import Place, place
@@ -353,7 +353,7 @@ def _run(missing: Sequence[Run], known: list[Curve], options: argparse.Namespace
         for curve in pool.imap_unordered(measure, missing):
             known.append(curve)
             options.cache.write_bytes(msgspec.json.encode(known))
-            print(f"{curve.run}: {curve.points[-1].accuracy:.1%} at {curve.points[-1].labels}", file=sys.stderr, flush=True)
+            note(f"{curve.run}: {curve.points[-1].accuracy:.1%} at {curve.points[-1].labels}")
 
 
 def _print(figures: Sequence[Needed], curves: Sequence[Curve]) -> None:

@@ -57,6 +57,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from benchmarks import note
 from cli.deployment import Deployment
 from labelloop import imaging, problem_types
 from labelloop.artifacts import champion_key, onnx_key, s3_uri
@@ -764,10 +765,6 @@ def _cpu_name() -> str:
         return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
     except (OSError, IndexError):
         return platform.processor()
-
-
-def note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import note
 from labelloop.label_studio.client import LabelStudioClient, Tally, tasks_exported
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfigs
@@ -163,7 +164,7 @@ def compare(problem: str, counts: Sequence[int], new: int, runs: int) -> list[di
     for count in counts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            print(f"{count:,} tasks", file=sys.stderr, flush=True)
+            note(f"{count:,} tasks")
             write(folder, problem, count, new)
             prepared_index(folder, problem, count)
             size = (folder / "export.json").stat().st_size

@@ -36,6 +36,8 @@ from typing import Any
 
 import msgspec
 
+from benchmarks import note
+
 _PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
 _DETAIL = (90, 220)  # pixels of a photograph that a detail is wide
 _JPEG = (400, 300)  # its size as a file
@@ -165,11 +167,12 @@ def ours(task: Task) -> Result:
     reading = watch.seconds
     watch.go_on()
 
-    def note(epoch: Epoch) -> None:
+    def done(epoch: Epoch) -> None:
         epochs.append(epoch)
         used.append(_cpu_seconds() - began)
+        say_epoch("ours", task, epoch.number, reading + sum(each.seconds for each in epochs), epoch.validation or 0.0)
 
-    trained = fit(fresh, data, config, card, augment, _place(task) / "checkpoint.pt", note)
+    trained = fit(fresh, data, config, card, augment, _place(task) / "checkpoint.pt", done)
     watch.stop()
     measuring = Stopwatch()  # fit measures after every epoch; once more tells what that took
     list(candidates(problem.of(config.problem_type).heads(trained), data.validation.pixels, card))
@@ -228,7 +231,7 @@ def reference(task: Task) -> Result:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=task.epochs)
     measure = _holdout(task, published)
     watch, waited, curve = Stopwatch(), 0.0, []
-    for _ in range(task.epochs):
+    for epoch in range(1, task.epochs + 1):
         network.train()
         asked = time.perf_counter()
         for images, targets in loader:
@@ -243,6 +246,7 @@ def reference(task: Task) -> Result:
         schedule.step()
         watch.stop()
         curve.append(Point(watch.seconds, watch.cpu, measure(network)))
+        say_epoch("reference", task, epoch, watch.seconds, curve[-1].accuracy)
         watch.go_on()
     images_seen = task.epochs * task.images
     return Result(
@@ -421,6 +425,16 @@ def _cpu_seconds() -> float:
     )
 
 
+def called(name: str, task: Task) -> str:
+    """A run, for a person."""
+    return f"{name}, seed {task.seed}" + (f", learning rate {task.rate}" if name == "reference" else "")
+
+
+def say_epoch(name: str, task: Task, epoch: int, seconds: float, accuracy: float) -> None:
+    """Minutes go by until a run has its result."""
+    note(f"{called(name, task)}: epoch {epoch} of {task.epochs}, {seconds:.0f} s, {accuracy:.1%} of the held-out images right")
+
+
 def compare(
     task: Task, seeds: int, each: Callable[[Callable[[Task], Result], Task], Result]
 ) -> tuple[list[Result], list[Result]]:
@@ -530,10 +544,17 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as scratch:
         task = Task(folder=scratch, model=options.model, images=options.images, epochs=options.epochs, size=options.size)
-        make_images(Path(scratch), round(options.images * (1 + _HELD_OUT)))
+        count = round(options.images * (1 + _HELD_OUT))
+        note(f"making {count:,} images")
+        make_images(Path(scratch), count)
         alone = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=alone, max_tasks_per_child=1) as one_at_a_time:
-            results, grid = compare(task, options.seeds, lambda run, task: one_at_a_time.submit(run, task).result())
+
+            def each(run: Callable[[Task], Result], task: Task) -> Result:
+                note(called(run.__name__, task))
+                return one_at_a_time.submit(run, task).result()
+
+            results, grid = compare(task, options.seeds, each)
     title = f"{options.model}, {options.size} × {options.size} pixels, {options.images} images, {options.epochs} epochs"
     print(f"{title}; {results[0].device}, {os.process_cpu_count()} cores, {platform.machine()}")
     found = ", ".join(f"{result.curve[-1].accuracy:.1%} with {result.rate}" for result in grid)

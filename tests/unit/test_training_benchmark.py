@@ -42,6 +42,13 @@ def test_the_references_best_rate_of_the_first_seed_is_kept_for_the_others() -> 
     assert {run.rate for run in runs if run.name == "reference"} == {0.03}
 
 
+def test_what_is_trained_is_told_beside_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    training.say_epoch("reference", msgspec.structs.replace(TASK, seed=1, rate=0.03), 2, 61.4, 0.925)
+    told = capsys.readouterr()
+    assert told.err == "reference, seed 1, learning rate 0.03: epoch 2 of 2, 61 s, 92.5% of the held-out images right\n"
+    assert told.out == ""
+
+
 def test_the_first_epoch_that_is_accurate_enough_counts() -> None:
     run = result("ours", 0.5, 0.76, 0.7, 0.8)
     assert training.reached(run, 0.75) == Point(20.0, 30.0, 0.76)
