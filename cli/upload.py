@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -36,6 +36,8 @@ _PAGE = 100  # tasks; few, so that a task is annotated seconds after it was seen
 _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS = 30  # then from the first task on: ids of transactions that overlap appear out of order
 _STALLED_SECONDS = 300  # without a new task
+_COUNTS = 3  # looks at whether all are counted, and attempts at it
+_SETTLED_SECONDS = 5.0  # Label Studio has long ended what it was at when the last annotation was made
 
 Reader = Callable[[], bytes]
 
@@ -273,18 +275,20 @@ def annotate(
 ) -> Annotated:
     """Annotate the tasks of images, SHA-256 → classes, as they appear; `done` hears of each. Those with an annotation stay.
 
-    Raises `LabelStudioError` when for `stalled_s` seconds none of the missing tasks has appeared.
+    At the end all that were annotated count as annotated in Label Studio (see `_have_all_counted`). Raises `LabelStudioError`,
+    also when for `stalled_s` seconds none of the missing tasks has appeared.
     """
     result, waiting = Annotated(), dict(labels)
     kind, label_config = problem_types.of(folder.config.problem_type), folder.label_config
     last, progressed = 0, time.monotonic()
     restarted = progressed
+    made: dict[int, int] = {}  # task → annotation
 
     def one(known: tuple[KnownTask, tuple[str, ...]]) -> None:
         task, classes = known
         if not task.annotations:
             regions = [Region(label=label) for label in classes]
-            label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
+            made[task.id] = label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
         done()
 
     while waiting:
@@ -304,7 +308,36 @@ def annotate(
             if moment - restarted > _AGAIN_SECONDS:
                 last, restarted = 0, moment
             time.sleep(_LOOK_SECONDS)
+    if made:
+        _have_all_counted(label_studio, project, made)
     return result
+
+
+def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mapping[int, int]) -> None:
+    """See to it that tasks count as annotated whose annotations (task → annotation) were just made.
+
+    Label Studio counts the annotations of tasks that it imports last of all, and in between reading and writing a count, which
+    may wait for a locked database, somebody can annotate the task: it then has an annotation and counts none, so that no
+    training would ever see it (met on a busy machine, and provoked by a slower import). Raises `LabelStudioError`.
+    """
+    for _ in range(_COUNTS):
+        time.sleep(_SETTLED_SECONDS)
+        forgotten = [task for task in _unlabelled(label_studio, project, min(made), max(made)) if task in made]
+        if not forgotten:
+            return
+        for task in forgotten:
+            label_studio.count_anew(made[task])
+    raise LabelStudioError(
+        f"Label Studio keeps counting no annotation of {len(forgotten):,} tasks that were annotated, {forgotten[0]} among them; "
+        "open them there and update their annotations, or no training will see them"
+    )
+
+
+def _unlabelled(label_studio: LabelStudioClient, project: int, first: int, last: int) -> Iterator[int]:
+    before = first - 1
+    while before < last and (ids := label_studio.unlabelled_ids(project, before)):
+        yield from ids
+        before = ids[-1]
 
 
 def _in_parallel[T](do: Callable[[T], object], things: Iterable[T], threads: int) -> None:

@@ -109,6 +109,7 @@ CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
     "tally": lambda client: client.tally(1),
     "annotated_tasks": lambda client: list(client.annotated_tasks(1)),
     "annotations_of": lambda client: client.annotations_of(1, [1]),
+    "count_anew": lambda client: client.count_anew(7),
     "annotate_once": lambda client: client.annotate_once(1, [], "unique"),
     "predicted_by": lambda client: client.predicted_by(1, "digits review"),
     "find_images": lambda client: client.find_images(1, ["s3://b/k"], "image"),

@@ -378,11 +378,12 @@ def test_only_what_has_lain_there_for_a_while_is_sent_again(bucket: Bucket, monk
 
 @dataclass
 class Tasks:
-    """A Label Studio that lists tasks and takes annotations. `later` appear one a look."""
+    """A Label Studio that lists tasks and takes annotations. `later` appear one a look; `forgets`: how often to count one."""
 
     tasks_: list[KnownTask] = field(default_factory=list)
     later: list[KnownTask] = field(default_factory=list)
     given: dict[int, Any] = field(default_factory=dict)
+    forgets: dict[int, int] = field(default_factory=dict)
 
     def tasks_after(self, project: int, last: int, data_key: str, *, limit: int = 500) -> list[KnownTask]:
         if self.later:
@@ -395,9 +396,22 @@ class Tasks:
     def annotate(self, task: int, result: list[dict[str, Any]], *, seconds: float) -> int:
         assert task not in self.given, "an annotation is doubled"
         self.given[task] = [label for region in result for label in region["value"]["choices"]]
+        self._count(task)
+        return -task
+
+    def count_anew(self, annotation: int) -> None:
+        assert -annotation in self.given
+        self._count(-annotation)
+
+    def unlabelled_ids(self, project: int, last: int) -> list[int]:
+        return [task.id for task in self.tasks_ if task.id > last and not task.annotations][:2]
+
+    def _count(self, task: int) -> None:
+        if self.forgets.get(task, 0):
+            self.forgets[task] -= 1
+            return
         place = next(number for number, known in enumerate(self.tasks_) if known.id == task)
         self.tasks_[place] = dataclasses.replace(self.tasks_[place], annotations=1)
-        return 1
 
 
 def task(number: int, content: str, annotations: int = 0) -> KnownTask:
@@ -407,6 +421,7 @@ def task(number: int, content: str, annotations: int = 0) -> KnownTask:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.upload._LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("cli.upload._SETTLED_SECONDS", 0.001)
 
 
 def labelled(**labels: str) -> dict[str, tuple[str, ...]]:
@@ -421,6 +436,19 @@ def test_tasks_are_annotated_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> 
     result = annotate(cast(Any, fake), 1, DIGITS, labelled(a="1", b="2", c="3"), lambda: done.append(1))
     assert fake.given == {1: ["1"], 3: ["2"], 4: ["3"]}
     assert (result.now, result.before, len(done)) == (3, 0, 3)
+
+
+def test_an_annotation_that_label_studio_forgets_to_count_is_counted_again() -> None:
+    fake = Tasks([task(number, str(number)) for number in range(1, 9)], forgets={2: 1, 7: 2})
+    result = annotate(cast(Any, fake), 1, DIGITS, labelled(**{"1": "1", "2": "2", "7": "3"}), lambda: None)
+    assert (result.now, result.before) == (3, 0)
+    assert [known.id for known in fake.tasks_ if known.annotations] == [1, 2, 7]
+
+
+def test_annotations_that_are_never_counted_are_an_error_with_a_task() -> None:
+    fake = Tasks([task(1, "1"), task(2, "2")], forgets={2: 99})
+    with pytest.raises(LabelStudioError, match="no annotation of 1 tasks that were annotated, 2 among them"):
+        annotate(cast(Any, fake), 1, DIGITS, labelled(**{"1": "1", "2": "2"}), lambda: None)
 
 
 def test_what_has_an_annotation_is_left_alone_so_a_second_run_changes_nothing() -> None:

@@ -317,6 +317,10 @@ class LabelStudioClient:
         answer = self._json("POST", f"/api/tasks/{task}/annotations", {"result": result, "lead_time": seconds})
         return int(answer["id"])
 
+    def count_anew(self, annotation: int) -> None:
+        """Have Label Studio count the annotations of one's task again, as it does whenever one of them is saved."""
+        self._json("PATCH", f"/api/annotations/{annotation}/", {})
+
     def annotate_once(self, task: int, result: list[dict[str, Any]], unique_id: str) -> bool:
         """Give a task an annotation that took nobody any time; False where there is one with that `unique_id` already."""
         body = {"result": result, "lead_time": 0, "unique_id": unique_id, "last_action": "prediction"}
