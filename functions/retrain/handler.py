@@ -23,9 +23,8 @@ from labelloop.log import Log
 from labelloop.model_config import ModelConfigs
 from labelloop.records import TrainingSignal
 from labelloop.redelivery import Redelivery
-from labelloop.retrain import ASKED, SCHEDULE, Outcome, Reconciler
+from labelloop.retrain import ASKED, SCHEDULE, Outcome, Reconciler, Watchdog
 from labelloop.settings import Settings
-from labelloop.watchdog import Watchdog
 
 log = Log()
 redelivery = Redelivery(log=log.warning)

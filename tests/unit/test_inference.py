@@ -12,7 +12,7 @@ import pytest
 
 from labelloop.errors import ImageError, ModelError
 from labelloop.inference import Model
-from labelloop.model_cache import ModelCache
+from labelloop.predict import ModelCache
 from labelloop.records import ModelCard
 from tests.examples import DIGITS, brightness_model, grey, model_card, png, quadrant_model
 

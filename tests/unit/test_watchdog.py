@@ -9,7 +9,7 @@ import pytest
 from labelloop.errors import LabelStudioError, NotSetUpError
 from labelloop.label_studio.client import Webhook
 from labelloop.ledger import Ledger
-from labelloop.watchdog import Watchdog
+from labelloop.retrain import Watchdog
 from tests.fake_label_studio import FakeLabelStudio
 
 OURS = Webhook(1, "https://api.example.com/v1/digits/webhook", is_active=False, actions=["ANNOTATION_CREATED"])

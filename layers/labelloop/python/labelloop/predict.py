@@ -15,6 +15,7 @@ import math
 import os
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,7 +48,6 @@ from labelloop.label_studio.payloads import (
     SetupRequest,
     image_address,
 )
-from labelloop.model_cache import ModelCache
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import Champion, ModelCard, Region, version_string
 
@@ -70,9 +70,35 @@ _ROOM = imaging.MAX_BYTES  # for any file that is read
 # As glibc's malloc.h has them: blocks from so many bytes on go back to the system when they are freed, and so does what is
 # free at the end of a heap beyond that; so many heaps there are for all threads.
 _MALLOC = {"M_MMAP_THRESHOLD": (-3, 8 * 2**20), "M_TRIM_THRESHOLD": (-1, 16 * 2**20), "M_ARENA_MAX": (-8, 2)}
+_KEPT = 200 * 2**20  # bytes of model files
 _SHOWN = 100  # characters of an address in an error
 _LONGEST_KEY = 1024  # bytes, in S3
 _SEPARATOR = re.compile(r"[/\\?&=]")
+
+
+class ModelCache:
+    """The most recently used models, by SHA-256, up to a sum of their files' sizes; kept over invocations of a function.
+
+    The one used last stays, whatever its size.
+    """
+
+    def __init__(self, capacity: int = _KEPT) -> None:
+        self._capacity = capacity
+        self._models: OrderedDict[str, Model] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, sha256: str) -> Model | None:
+        with self._lock:
+            if sha256 in self._models:
+                self._models.move_to_end(sha256)
+            return self._models.get(sha256)
+
+    def put(self, sha256: str, model: Model) -> None:
+        with self._lock:
+            self._models[sha256] = model
+            self._models.move_to_end(sha256)
+            while len(self._models) > 1 and sum(kept.file_size for kept in self._models.values()) > self._capacity:
+                self._models.popitem(last=False)
 
 
 class Predicted(NamedTuple):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -221,3 +222,24 @@ class Reconciler:
 
     def _decide(self, model: str, head: Head, n_annotations: int, *, asked: bool) -> Decision:
         return decide(self._configs[model].config.retrain, head, n_annotations, datetime.now(UTC), asked=asked)
+
+
+class Watchdog:
+    """Watches over the webhooks of one Label Studio, which switches off one that fails; training then waits for the schedule."""
+
+    def __init__(self, ledger: Ledger, label_studio: LabelStudioClient) -> None:
+        self._ledger, self._label_studio = ledger, label_studio
+
+    def __call__(self, model: str) -> str | None:
+        """Switch the model's webhook on where it is off; what a person should know, None when all is well.
+
+        One that is missing is not made: it carries the backend's password. Raises `NotSetUpError`, `ServiceError`.
+        """
+        found = self._label_studio.webhooks(self._ledger.project(model))
+        ours = [hook for hook in found if urlsplit(hook.url).path.endswith(f"/{model}/webhook")]
+        if not ours:
+            return f"Label Studio has no webhook for {model}; run: labelloop setup-label-studio-project {model}"
+        off = [hook for hook in ours if not hook.is_active]
+        for hook in off:
+            self._label_studio.switch_on(hook)
+        return f"the webhook was switched off and is on again: {', '.join(hook.url for hook in off)}" if off else None
