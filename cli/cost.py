@@ -27,9 +27,9 @@ from rich.table import Table
 
 from infra_cdk.stage_facts import LOCAL, StageFacts
 from labelloop.errors import ConfigError
+from labelloop.messages import RANGE
 from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.policy import due_at
-from labelloop.prelabel_queue import RANGE
 
 PRICES = Path(__file__).with_name("prices.toml")
 

@@ -14,8 +14,8 @@ import boto3
 from rich.console import Console
 
 from cli.deployment import Deployment
-from labelloop.announcements import announce
 from labelloop.errors import ConflictError, ModelError, RequestError
+from labelloop.messages import announce
 from labelloop.promotion import pointer
 from labelloop.records import METRIC_TITLES, Champion, Metric, Takeover, VersionJudged
 

@@ -14,9 +14,8 @@ from labelloop.ingest import Ingest
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
 from labelloop.log import Log
+from labelloop.messages import PrelabelQueue, Redelivery
 from labelloop.model_config import ModelConfigs
-from labelloop.prelabel_queue import PrelabelQueue
-from labelloop.redelivery import Redelivery
 from labelloop.settings import Settings
 
 log = Log()

@@ -18,12 +18,11 @@ from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
 from labelloop.log import Log
+from labelloop.messages import PrelabelQueue, Redelivery
 from labelloop.model_config import ModelConfigs
 from labelloop.predict import TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabeller
-from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.records import TaskRange
-from labelloop.redelivery import Redelivery
 from labelloop.settings import Settings
 
 log = Log()

@@ -13,15 +13,14 @@ from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop import aws
-from labelloop.announcements import announce
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
 from labelloop.log import Log
+from labelloop.messages import Redelivery, announce
 from labelloop.mlflow_token import MlflowToken
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
-from labelloop.redelivery import Redelivery
 from labelloop.registry import Registry
 from labelloop.settings import Settings
 

@@ -17,10 +17,9 @@ from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
 from labelloop.log import Log
+from labelloop.messages import PrelabelQueue, Redelivery
 from labelloop.model_config import ModelConfigs
-from labelloop.prelabel_queue import PrelabelQueue
 from labelloop.records import VersionJudged
-from labelloop.redelivery import Redelivery
 from labelloop.refresh import Refresher
 from labelloop.settings import Settings
 

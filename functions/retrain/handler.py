@@ -20,9 +20,9 @@ from labelloop.label_studio.access import connect
 from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
 from labelloop.log import Log
+from labelloop.messages import Redelivery
 from labelloop.model_config import ModelConfigs
 from labelloop.records import TrainingSignal
-from labelloop.redelivery import Redelivery
 from labelloop.retrain import ASKED, SCHEDULE, Outcome, Reconciler, Watchdog
 from labelloop.settings import Settings
 

@@ -11,7 +11,7 @@ from constructs import Construct
 from infra_cdk.constructs.alarms import OperatorAlarm
 from infra_cdk.stage import Stage
 
-# With the pauses that functions make (`labelloop.redelivery`) a message outlives an outage of some four hours.
+# With the pauses that functions make (`labelloop.messages`) a message outlives an outage of some four hours.
 _MAX_RECEIVES = 20
 _OLD = cdk.Duration.hours(1)
 

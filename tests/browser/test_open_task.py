@@ -10,7 +10,7 @@ import boto3
 import msgspec
 from playwright.sync_api import expect
 
-from labelloop.announcements import announce
+from labelloop.messages import announce
 from labelloop.records import Champion, Promotion, VersionJudged
 from tests.browser.sign_in import signed_in
 from tests.laptop import Loop

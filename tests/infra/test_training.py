@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labelloop import drift
-from labelloop.redelivery import delay
+from labelloop.messages import delay
 from tests.infra.templates import Resource, Template, Templates, context_of, flat, synthesize
 
 WORKERS = {

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from labelloop import artifacts, problem_types
-from labelloop.announcements import announce
+from labelloop.messages import announce
 from labelloop.predict import PART
 from labelloop.records import Promotion, Suspect, VersionJudged
 from tests.laptop import Loop, wait_for

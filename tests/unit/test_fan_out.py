@@ -21,8 +21,8 @@ from labelloop.artifacts import Champions
 from labelloop.errors import ImageError, LabelloopError, LateError, ServiceError, StorageError
 from labelloop.fan_out import FanOut
 from labelloop.label_studio.payloads import PredictTask
+from labelloop.messages import RANGE, PrelabelQueue
 from labelloop.predict import LAST_IMAGE, PART, QUEUED, Part, PartPredictor, Predicted, Predictor, TaskPredictor
-from labelloop.prelabel_queue import RANGE, PrelabelQueue
 from labelloop.records import Champion, TaskRange
 from tests import examples
 from tests.fake_aws import refusal

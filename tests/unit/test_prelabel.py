@@ -22,9 +22,9 @@ from labelloop.errors import LabelStudioError, ServiceError, StorageError
 from labelloop.label_studio.client import StoredPrediction, StoredTask
 from labelloop.label_studio.payloads import Prediction, PredictTask
 from labelloop.ledger import Ledger
+from labelloop.messages import RANGE, PrelabelQueue, asked_ranges, unlabelled_ranges
 from labelloop.predict import Predictor, TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabelled, Prelabeller
-from labelloop.prelabel_queue import RANGE, PrelabelQueue, asked_ranges, unlabelled_ranges
 from labelloop.records import GateRules, Promotion, Shadow, TaskRange
 from tests import examples
 

@@ -19,8 +19,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from labelloop import aws
 from labelloop.errors import ServiceError
 from labelloop.label_studio.payloads import PredictTask
+from labelloop.messages import PrelabelQueue, asked_ranges
 from labelloop.predict import LAST_IMAGE, MAX_TASKS, PART, Part
-from labelloop.prelabel_queue import PrelabelQueue, asked_ranges
 from labelloop.records import Champion
 
 _SHORTEST, _LONGEST = 0.25, 2.0  # seconds between two tries of what Lambda had no room for

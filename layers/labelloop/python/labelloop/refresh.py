@@ -12,8 +12,8 @@ from labelloop.artifacts import Champions
 from labelloop.errors import LabelStudioError, NotSetUpError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
+from labelloop.messages import PrelabelQueue, unlabelled_ranges
 from labelloop.model_config import ModelConfigs
-from labelloop.prelabel_queue import PrelabelQueue, unlabelled_ranges
 from labelloop.records import Champion, VersionJudged, version_string
 
 _ATTEMPTS = 6

@@ -10,8 +10,8 @@ from typing import Any
 import boto3
 import pytest
 
+from labelloop.messages import FIRST, LONGEST, Redelivery, delay
 from labelloop.records import PromoteSignal
-from labelloop.redelivery import FIRST, LONGEST, Redelivery, delay
 from tests.examples import sqs_event
 
 GOOD = json.dumps({"model": "digits", "job_name": "job"})
@@ -56,7 +56,7 @@ def test_what_is_no_message_comes_again_at_once_and_what_is_one_does_not(queue: 
 
 
 def test_what_failed_comes_sooner_than_after_the_visibility_timeout(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labelloop.redelivery.FIRST", 2)
+    monkeypatch.setattr("labelloop.messages.FIRST", 2)
     queue.fail(GOOD)
     began = time.monotonic()
     while not (found := queue.receive(seconds=1)):
