@@ -5,20 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import msgspec
 from aws_lambda_powertools import single_metric
 from aws_lambda_powertools.metrics import MetricUnit
-from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
-from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop import aws
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import LabelloopError
 from labelloop.label_studio.access import connect
 from labelloop.ledger import Ledger
 from labelloop.log import Log
-from labelloop.messages import PrelabelQueue, Redelivery
+from labelloop.messages import PrelabelQueue, Redelivery, work_off
 from labelloop.model_config import ModelConfigs
 from labelloop.predict import TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabeller
@@ -26,7 +22,6 @@ from labelloop.records import TaskRange
 from labelloop.settings import Settings
 
 log = Log()
-processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
 redelivery = Redelivery(log=log.warning)
 
 
@@ -43,15 +38,10 @@ def queue() -> PrelabelQueue:
     return PrelabelQueue(Settings().prelabel_queue, aws.client("sqs"))
 
 
-def prelabel(record: SQSRecord) -> None:
-    tasks = msgspec.json.decode(record.body, type=TaskRange)
-    try:
-        outcome = prelabeller()(tasks)
-        if outcome.unsettled:
-            queue().send([tasks], delay=SETTLED)
-    except LabelloopError as error:
-        log.error("comes again", model=tasks.model, reason=str(error), error=type(error).__name__)
-        raise
+def prelabel(tasks: TaskRange) -> None:
+    outcome = prelabeller()(tasks)
+    if outcome.unsettled:
+        queue().send([tasks], delay=SETTLED)
     drift = outcome.drift.figures if outcome.drift else {}
     if drift:
         with single_metric(name="Drift", unit=MetricUnit.NoUnit, value=max(drift.values())):
@@ -61,6 +51,5 @@ def prelabel(record: SQSRecord) -> None:
 
 
 @log.of_invocations
-def handler(event: dict[str, Any], context: LambdaContext) -> Any:
-    answer = process_partial_response(event, prelabel, processor, context)
-    return redelivery(event, dict(answer), TaskRange)
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    return work_off(event, TaskRange, prelabel, log=log, redelivery=redelivery)

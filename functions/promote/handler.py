@@ -5,19 +5,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import msgspec
 from aws_lambda_powertools import single_metric
 from aws_lambda_powertools.metrics import MetricUnit
-from aws_lambda_powertools.utilities.batch import BatchProcessor, EventType, process_partial_response
-from aws_lambda_powertools.utilities.data_classes.sqs_event import SQSRecord
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop import aws
 from labelloop.artifacts import Bucket
-from labelloop.errors import LabelloopError
 from labelloop.ledger import Ledger
 from labelloop.log import Log
-from labelloop.messages import Redelivery, announce
+from labelloop.messages import Redelivery, announce, work_off
 from labelloop.mlflow_token import MlflowToken
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
@@ -25,7 +21,6 @@ from labelloop.registry import Registry
 from labelloop.settings import Settings
 
 log = Log()
-processor = BatchProcessor(EventType.SQS, raise_on_entire_batch_failure=False)
 redelivery = Redelivery(log=log.warning)
 
 
@@ -41,13 +36,8 @@ def promoter() -> Promoter:
     return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell)
 
 
-def decide(record: SQSRecord) -> None:
-    signal = msgspec.json.decode(record.body, type=PromoteSignal)
-    try:
-        promotion = promoter().decide(signal.model, signal.job_name)
-    except LabelloopError as error:
-        log.error("comes again", model=signal.model, reason=str(error), error=type(error).__name__)
-        raise
+def decide(signal: PromoteSignal) -> None:
+    promotion = promoter().decide(signal.model, signal.job_name)
     if promotion is None:
         log.info("no model to decide about", model=signal.model, job_name=signal.job_name)
     else:
@@ -70,6 +60,5 @@ def count(promotion: Promotion) -> None:
 
 
 @log.of_invocations
-def handler(event: dict[str, Any], context: LambdaContext) -> Any:
-    answer = process_partial_response(event, decide, processor, context)
-    return redelivery(event, dict(answer), PromoteSignal)
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    return work_off(event, PromoteSignal, decide, log=log, redelivery=redelivery)

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -422,6 +423,41 @@ def test_a_promotion_that_lost_a_race_comes_again(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(handler, "promoter", Promoter)
     messages = [{"model": "digits", "job_name": name} for name in ("winner", "loser")]
     assert failures(handler.handler(sqs_event(*messages), LambdaContext())) == ["m1"]
+
+
+@pytest.mark.parametrize(
+    ("function", "worker", "message"),
+    [
+        ("promote", "promoter", {"job_name": "job-1"}),
+        ("refresh", "refresher", {"version": 1}),
+        ("prelabel", "prelabeller", {"after": 0, "upto": 9}),
+    ],
+)
+def test_what_nobody_foresaw_is_in_the_log_and_brings_only_its_own_message_again(
+    function: str, worker: str, message: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Worker:
+        def decide(self, model: str, _: str) -> None:
+            self(SimpleNamespace(model=model))
+
+        def __call__(self, message: Any) -> Prelabelled:
+            if message.model == "broken":
+                raise ZeroDivisionError("nobody foresaw it")
+            return Prelabelled()
+
+    handler = examples.load_handler(function)
+    monkeypatch.setattr(handler, worker, Worker)
+    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
+    bodies = ({"model": "digits", **message}, {"model": "broken", **message}, "no json", {"model": "digits", **message})
+    assert failures(handler.handler(sqs_event(*bodies), LambdaContext())) == ["m1", "m2"]
+    errors = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line.get("level") == "ERROR"]
+    assert [(line["message"], line["model"], line["message_id"]) for line in errors] == [
+        ("failed", "broken", "m1"),
+        ("failed", None, "m2"),
+    ]
+    assert "ZeroDivisionError: nobody foresaw it" in errors[0]["exception"]
+    assert "Traceback" in errors[0]["exception"]
+    assert "DecodeError" in errors[1]["exception"]
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
-from labelloop.errors import ServiceError
-from labelloop.records import Promotion, TaskRange, VersionJudged
+from labelloop.errors import LabelloopError, ServiceError
+from labelloop.log import Log
+from labelloop.records import PromoteSignal, Promotion, TaskRange, VersionJudged
 
 if TYPE_CHECKING:
     from labelloop.label_studio.client import LabelStudioClient
@@ -130,3 +131,27 @@ def _seconds(record: dict[str, Any], message: type) -> int:
     except (ValueError, RecursionError):  # no JSON, no text, not of the type; nested too deep
         return 0
     return delay(int(record["attributes"]["ApproximateReceiveCount"]))
+
+
+def work_off[Message: PromoteSignal | VersionJudged | TaskRange](
+    event: dict[str, Any], kind: type[Message], take: Callable[[Message], None], *, log: Log, redelivery: Redelivery
+) -> dict[str, Any]:
+    """Take each message of a queue's batch; the answer to Lambda, by which those that failed, and no others, come again.
+
+    The log says of each why: in words where it is an error of ours to expect, else with the traceback.
+    """
+    failed: list[str] = []
+    for record in event["Records"]:
+        model = None
+        try:
+            message = msgspec.json.decode(record["body"], type=kind)
+            model = message.model
+            take(message)
+        except LabelloopError as error:
+            log.error("comes again", model=model, reason=str(error), error=type(error).__name__)
+            failed.append(record["messageId"])
+        except Exception:  # no such message, or a fault of ours; the others have nothing to do with it
+            log.exception("failed", model=model, message_id=record["messageId"])
+            failed.append(record["messageId"])
+    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in failed]}
+    return redelivery(event, answer, kind)
