@@ -18,8 +18,8 @@ from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import NotSetUpError, ServiceError, SettingsError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.ledger import Ledger
-from labelloop.mlflow_token import MlflowToken
 from labelloop.registry import Registry
+from labelloop.secrets import MlflowToken
 from local.stack import Addresses, LaptopStack
 
 LAPTOP = Path(".labelloop/laptop")  # `labelloop up`

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from cli.deployment import Deployment
 from cli.label_studio_project import give_credentials, is_signed_in
-from labelloop.credentials import KNOWN_SECONDS, BackendSecret
 from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError, ServiceError
 from labelloop.model_config import ModelFolder
+from labelloop.secrets import KNOWN_SECONDS, BackendSecret
 
 _SETTLE_SECONDS = KNOWN_SECONDS + 2.0  # after which every function goes by what the secret holds now
 _TRIES = 8  # to see a change of the secret at the API

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient, is_tracking_uri_set
 
 from labelloop.errors import LabelloopError, RegistryError, SettingsError
-from labelloop.mlflow_token import MlflowToken
+from labelloop.secrets import MlflowToken
 from labelloop.settings import Settings
 from training_jobs.job import TrainingJob
 

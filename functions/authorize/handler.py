@@ -10,9 +10,9 @@ from aws_lambda_powertools.metrics import MetricUnit
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop.authorize import authorize
-from labelloop.credentials import KnownPasswords, backend_passwords
 from labelloop.errors import RequestError
 from labelloop.log import Log
+from labelloop.secrets import KnownPasswords, backend_passwords
 from labelloop.settings import Settings
 
 log = Log()

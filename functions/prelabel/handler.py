@@ -11,7 +11,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop import aws
 from labelloop.artifacts import Bucket, Champions
-from labelloop.label_studio.access import connect
+from labelloop.label_studio.client import connect
 from labelloop.ledger import Ledger
 from labelloop.log import Log
 from labelloop.messages import PrelabelQueue, Redelivery, work_off

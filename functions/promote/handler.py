@@ -14,10 +14,10 @@ from labelloop.artifacts import Bucket
 from labelloop.ledger import Ledger
 from labelloop.log import Log
 from labelloop.messages import Redelivery, announce, work_off
-from labelloop.mlflow_token import MlflowToken
 from labelloop.promotion import Promoter
 from labelloop.records import PromoteSignal, Promotion
 from labelloop.registry import Registry
+from labelloop.secrets import MlflowToken
 from labelloop.settings import Settings
 
 log = Log()

@@ -9,14 +9,14 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from labelloop import aws
 from labelloop.artifacts import Bucket, Champions
-from labelloop.credentials import backend_password
-from labelloop.label_studio.access import connect
+from labelloop.label_studio.client import connect
 from labelloop.ledger import Ledger
 from labelloop.log import Log
 from labelloop.messages import PrelabelQueue, Redelivery, work_off
 from labelloop.model_config import ModelConfigs
 from labelloop.records import VersionJudged
 from labelloop.refresh import Refresher
+from labelloop.secrets import backend_password
 from labelloop.settings import Settings
 
 log = Log()

@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from labelloop import aws
 from labelloop.artifacts import Bucket
 from labelloop.errors import LabelloopError, NotSetUpError, ServiceError, UnknownModelError
-from labelloop.label_studio.access import connect
+from labelloop.label_studio.client import connect
 from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
 from labelloop.log import Log

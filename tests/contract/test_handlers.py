@@ -254,7 +254,7 @@ def test_ingest_reports_only_what_shall_come_again(
 def test_a_secret_without_a_token_is_an_error_that_names_it(
     label_studio: RecordingServer, monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:
-    from labelloop.label_studio.access import connect
+    from labelloop.label_studio.client import connect
     from labelloop.settings import Settings
 
     name = f"labelloop/test/{uuid.uuid4().hex}"

@@ -24,8 +24,8 @@ from mlflow.tracking import MlflowClient
 from labelloop.artifacts import Bucket
 from labelloop.errors import RegistryError
 from labelloop.launcher import training_request
-from labelloop.mlflow_token import MlflowToken
 from labelloop.registry import Registry
+from labelloop.secrets import MlflowToken
 from labelloop.settings import Settings
 from tests import examples
 from tests.mlflow_server import mlflow_server
@@ -254,5 +254,5 @@ def test_a_token_that_was_rotated_is_noticed(aws: str) -> None:
     now[0] += 301
     with pytest.raises(RegistryError, match="does not hold"):
         token()
-    with pytest.raises(RegistryError, match="ResourceNotFoundException"):
+    with pytest.raises(RegistryError, match="there is no secret labelloop/none/mlflow"):
         MlflowToken("labelloop/none/mlflow")()

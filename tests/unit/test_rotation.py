@@ -21,8 +21,8 @@ from cli.deployment import BackendAccess, Deployment
 from cli.main import app
 from cli.rotation import Rotated
 from labelloop.authorize import authorize
-from labelloop.credentials import KNOWN_SECONDS, BackendSecret, KnownPasswords, backend_passwords
 from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError, RequestError, ServiceError
+from labelloop.secrets import KNOWN_SECONDS, BackendSecret, KnownPasswords, backend_passwords
 from labelloop.settings import Settings
 from tests import examples
 from tests.recording_server import Answer, RecordingServer, Request, serving

@@ -12,17 +12,15 @@ import boto3
 from botocore.config import Config
 
 
-def options(*, read_timeout: float = 10.0, attempts: int = 4, at_once: int = 10) -> Config:
-    """What every client is made with. `read_timeout` in seconds; `at_once`: requests side by side."""
-    return Config(
-        connect_timeout=3,
+def client(
+    service: str, *, connect_timeout: float = 3.0, read_timeout: float = 10.0, attempts: int = 4, at_once: int = 10
+) -> Any:
+    """A client of one service of the environment's account and region. Timeouts in seconds; `at_once`: requests side by side."""
+    config = Config(
+        connect_timeout=connect_timeout,
         read_timeout=read_timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=at_once,
     )
-
-
-def client(service: str, *, read_timeout: float = 10.0, attempts: int = 4, at_once: int = 10) -> Any:
-    """A client of one service of the environment's account and region."""
     untyped: Any = boto3
-    return untyped.client(service, config=options(read_timeout=read_timeout, attempts=attempts, at_once=at_once))
+    return untyped.client(service, config=config)

@@ -139,7 +139,7 @@ class TaskPredictor:
         """With what a function's environment names."""
 
         def connect() -> LabelStudioClient:
-            from labelloop.label_studio.access import connect  # boto3, which a prediction from S3 needs nothing of
+            from labelloop.label_studio.client import connect  # boto3, which a prediction from S3 needs nothing of
 
             return connect(settings)
 

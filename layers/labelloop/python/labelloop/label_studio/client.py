@@ -19,8 +19,10 @@ from urllib.parse import urlencode
 import msgspec
 import urllib3
 
+from labelloop import secrets
 from labelloop.errors import LabelStudioError, TooLargeError
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
+from labelloop.settings import Settings
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
 _EXPORT_TIMEOUT = urllib3.Timeout(connect=3, read=100)  # s; Label Studio writes a file first
@@ -521,3 +523,8 @@ def _known_task(task: dict[str, Any], data_key: str) -> KnownTask:
         annotations=int(task["total_annotations"]) + int(task["cancelled_annotations"]),
         group=meta.get("group"),
     )
+
+
+def connect(settings: Settings) -> LabelStudioClient:
+    """A client for the stage's Label Studio, with the token that holds now. Raises `LabelStudioError` when there is none."""
+    return LabelStudioClient(settings.label_studio_url, secrets.label_studio_token(settings))
