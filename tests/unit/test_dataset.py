@@ -42,6 +42,27 @@ def test_known_images_stay_in_their_splits_for_ever() -> None:
     assert {content: split_of(sha256(content), SPLITS) for content in KNOWN} == KNOWN
 
 
+# So must these: a position decides about split and stream, and where the queue has a task.
+POSITIONS = {
+    ("0", "0"): 0.8253798761666051,
+    ("0", "1"): 0.9097835041588914,
+    ("queue control", "0"): 0.06319940761032389,
+    ("queue control", "1"): 0.3146236024367776,
+    ("queue cluster", "0"): 0.4904264927088304,
+    ("queue cluster", "1"): 0.7105039697692945,
+    ("queue score", "0"): 0.929345186428736,
+    ("queue score", "1"): 0.5544000812265512,
+    ("audit", "0"): 0.28275831196203677,
+    ("audit", "1"): 0.5074673027297604,
+    ("start", "0"): 0.8918695335170657,
+    ("start", "1"): 0.1312649590329434,
+}
+
+
+def test_known_groups_have_their_positions_for_ever() -> None:
+    assert {(purpose, group): dataset.position(purpose, sha256(group)) for purpose, group in POSITIONS} == POSITIONS
+
+
 def test_shares_are_kept() -> None:
     count = 5_000
     found = Counter(split_of(sha256(str(number)), SPLITS) for number in range(count))

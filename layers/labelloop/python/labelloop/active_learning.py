@@ -8,10 +8,9 @@ that the one of the lowest `score`. Predictions that come through the ML backend
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from labelloop.dataset import split_of
+from labelloop.dataset import position, split_of
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard
 
@@ -36,7 +35,7 @@ def stream_of(group: str, config: ModelConfig) -> Stream:
     """
     if split_of(group, config.splits) == "test":
         return "holdout"
-    return "control" if _position(group, "control") < config.queue.control else "active"
+    return "control" if position("queue control", group) < config.queue.control else "active"
 
 
 def place(
@@ -58,7 +57,7 @@ def place(
     if clusters is None:
         return Place(_drawn(card, group), None)
     own = _random_clusters(config, len(clusters))
-    return Place(_drawn(card, group), len(clusters) + int(_position(group, "cluster") * own))
+    return Place(_drawn(card, group), len(clusters) + int(position("queue cluster", group) * own))
 
 
 def _random_clusters(config: ModelConfig, active: int) -> int:
@@ -70,10 +69,10 @@ def _random_clusters(config: ModelConfig, active: int) -> int:
 
 def _drawn(card: ModelCard, group: str) -> float:
     """The quantile of the card's certainties at the group's position; the position itself where none were measured."""
-    position = _position(group, "score")
+    at = position("queue score", group)
     if len(card.certainties) < 2:
-        return position
-    whole, part = divmod(position * (len(card.certainties) - 1), 1)
+        return at
+    whole, part = divmod(at * (len(card.certainties) - 1), 1)
     low, high = card.certainties[int(whole) : int(whole) + 2]
     return low + part * (high - low)
 
@@ -89,8 +88,3 @@ def _centroids(card: ModelCard, dimensions: int) -> np.ndarray[Any, np.dtype[np.
 
 def _nearest(centroids: np.ndarray[Any, np.dtype[np.float32]], embedding: np.ndarray[Any, np.dtype[np.float32]]) -> int:
     return int(((centroids - embedding) ** 2).sum(axis=1).argmin())
-
-
-def _position(group: str, purpose: str) -> float:
-    """A number from 0 up to 1 that follows from the group, independent of those for other purposes and of its split."""
-    return int.from_bytes(hashlib.sha256(f"queue {purpose}:{group}".encode()).digest()[:8]) / 2**64

@@ -8,7 +8,6 @@ whose answers are compared with the predictions; when they speak against the pro
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import msgspec
 
 from labelloop import problem_types
 from labelloop.active_learning import stream_of
-from labelloop.dataset import answer_of_a_person, split_of
+from labelloop.dataset import answer_of_a_person, position, split_of
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.label_studio.payloads import AnnotatedTask, PredictTask, model_annotation_id
 from labelloop.ledger import Ledger
@@ -124,7 +123,7 @@ def _is_open_to_it(task: PredictTask, config: ModelConfig) -> bool:
 
 
 def _is_audited(group: str, share: float) -> bool:
-    return int.from_bytes(hashlib.sha256(f"audit:{group}".encode()).digest()[:8]) / 2**64 < share
+    return position("audit", group) < share
 
 
 def _audit(one: _Sure, model: str, version: int) -> Audit:

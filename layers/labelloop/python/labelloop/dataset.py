@@ -16,16 +16,24 @@ from labelloop.records import ManifestRow, Region, Split
 _FIRST_8_BYTES = struct.Struct(">Q")
 
 
+def position(purpose: str, group: str) -> float:
+    """A number from 0 up to 1 that follows from a content group (hex SHA-256), independent of those for other purposes.
+
+    Whatever deals images out goes by it, so that they stay where they are and copies stay together.
+    """
+    hashed: int = _FIRST_8_BYTES.unpack_from(hashlib.sha256(f"{purpose}:{group}".encode()).digest())[0]
+    return hashed * 2**-64
+
+
 def split_of(group: str, splits: Splits) -> Split:
     """The split of a content group (hex SHA-256): a function of it and the config's seed, so that no image ever moves.
 
     The test split is the holdout. Changing the shares moves only groups across the changed border.
     """
-    hashed = hashlib.sha256(f"{splits.seed}:{group}".encode()).digest()
-    position = _FIRST_8_BYTES.unpack_from(hashed)[0] * 2**-64
-    if position < splits.test:
+    at = position(str(splits.seed), group)
+    if at < splits.test:
         return "test"
-    if position >= 1 - splits.validation:
+    if at >= 1 - splits.validation:
         return "validation"
     return "train"
 

@@ -20,6 +20,7 @@ import msgspec
 from labelloop import imaging
 from labelloop.active_learning import stream_of
 from labelloop.artifacts import Bucket, Champions, is_plain_key, s3_uri
+from labelloop.dataset import position
 from labelloop.duplicates import Fingerprint, Groups, Membership, fingerprint
 from labelloop.errors import ImageError, LabelloopError, TooLargeError, UnknownModelError
 from labelloop.label_studio.client import LabelStudioClient
@@ -205,4 +206,4 @@ def _start_score(membership: Membership, config: ModelConfig) -> float:
     """
     if config.queue.strategy != "random" and stream_of(membership.group, config) == "active":
         return membership.familiar
-    return int.from_bytes(hashlib.sha256(f"start:{membership.group}".encode()).digest()[:8]) / 2**64
+    return position("start", membership.group)
