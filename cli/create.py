@@ -183,9 +183,9 @@ def create(root: Path, wanted: NewModel, *, force: bool = False) -> Path:
     return folder
 
 
-def models_folder(settings: Settings | None = None) -> Path:
+def models_folder() -> Path:
     """Where model configs are written: the folder that the environment names, or the repository's. Raises `ConfigError`."""
-    given = (settings or Settings()).model_configs
+    given = Settings().model_configs
     if given:
         return Path(given)
     spec = PathFinder.find_spec("model_configs")

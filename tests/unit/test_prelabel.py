@@ -92,8 +92,8 @@ class LabelStudio:
             if number in tasks
         ]
 
-    def unlabelled_ids(self, project: int, last: int, *, limit: int = 250) -> list[int]:
-        return [number for number, task in self.tasks.items() if number > last and not task.begun][:limit]
+    def unlabelled_ids(self, project: int, last: int) -> list[int]:
+        return [number for number, task in self.tasks.items() if number > last and not task.begun][:250]
 
     def add_prediction(self, project: int, task: int, prediction: Prediction, cluster: int | None) -> None:
         self._write("add")

@@ -24,9 +24,9 @@ class LabelStudio(FakeLabelStudio):
 
     unlabelled: list[int] = field(default_factory=list)
 
-    def unlabelled_ids(self, project: int, last: int, *, limit: int = 1000) -> list[int]:
+    def unlabelled_ids(self, project: int, last: int) -> list[int]:
         self._begin("unlabelled_ids")
-        return [task for task in self.unlabelled if task > last][:limit]
+        return [task for task in self.unlabelled if task > last][:1000]
 
 
 class Queue:

@@ -109,9 +109,9 @@ class Entry(NamedTuple):
 class Bucket:
     """One S3 bucket. Every method raises `StorageError` when S3 does not do its part, or the key is no plain one."""
 
-    def __init__(self, name: str, *, settings: Settings | None = None, credential_provider: Any = None) -> None:
+    def __init__(self, name: str, *, credential_provider: Any = None) -> None:
         self.name = name
-        endpoint = (settings or Settings()).endpoint_url
+        endpoint = Settings().endpoint_url
         local: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
         self._store = S3Store(
             name,

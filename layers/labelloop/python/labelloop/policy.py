@@ -14,12 +14,11 @@ MAX_BACKOFF = timedelta(hours=24)
 
 @dataclass(frozen=True)
 class Decision:
-    """`train` now or not, and why; `due_at` is the count of annotations, `not_before` the time that is waited for."""
+    """`train` now or not, and why; `due_at` is the count of annotations."""
 
     train: bool
     reason: str
     due_at: int
-    not_before: datetime | None = None
 
 
 def due_at(policy: Retrain, trained: int | None) -> int:
@@ -60,5 +59,5 @@ def decide(policy: Retrain, head: Head, n_annotations: int, now: datetime, *, as
             return Decision(False, f"{head.failure.job_name} failed; the next annotation allows another try", due)
     for moment, reason in sorted(earliest, reverse=True):
         if now < moment:
-            return Decision(False, f"{reason}, until {moment.isoformat(timespec='seconds')}", due, moment)
+            return Decision(False, f"{reason}, until {moment.isoformat(timespec='seconds')}", due)
     return Decision(True, f"{n_annotations} annotations, due at {due}", due)

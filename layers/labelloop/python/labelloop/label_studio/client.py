@@ -43,7 +43,7 @@ _WITH_PREDICTIONS = {"include": "id,data,meta,predictions", "fields": "all", "re
 _BEGUN = "total_annotations,cancelled_annotations,draft_exists"  # `drafts` are only those of the token's owner
 _LOCKED_SECONDS = (0.5, 1, 2, 4)  # between tries of what a locked database made fail
 _ACCESS_TOKEN_SECONDS = 240  # the server's live 300 s
-_PAGE = 1000  # ids of annotated tasks
+_PAGE = 1000  # ids of tasks
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # the only form of a time that its filters take
 _TASKS = 200  # ids in a URL
 _MOST = 5000  # tasks of a listing that is not paged
@@ -235,9 +235,9 @@ class LabelStudioClient:
         """One prediction; of one that there is not, Label Studio answers 404."""
         return _stored_prediction(self._json("GET", f"/api/predictions/{prediction}/"))
 
-    def unlabelled_ids(self, project: int, last: int, *, limit: int = 1000) -> list[int]:
+    def unlabelled_ids(self, project: int, last: int) -> list[int]:
         """The next tasks with neither annotation nor skip whose ids are greater than `last`, by id; at the end none."""
-        answer = self._unlabelled(project, [("id", "greater", "Number", last)], limit, {"include": "id"})
+        answer = self._unlabelled(project, [("id", "greater", "Number", last)], _PAGE, {"include": "id"})
         return [int(task["id"]) for task in answer]
 
     def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[StoredTask]:

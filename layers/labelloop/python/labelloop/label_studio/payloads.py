@@ -163,7 +163,6 @@ class SetupRequest(msgspec.Struct, frozen=True):
     project: Any = None
     schema: Any = None
     hostname: Any = None
-    extra_params: Any = None
 
 
 class Prediction(msgspec.Struct, frozen=True):
