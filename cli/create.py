@@ -85,8 +85,9 @@ class NewModel:
             raise ConfigError("--problem-type", f"{self.problem_type!r} is none; choose {', '.join(PROBLEM_TYPES)}")
         if not all(name.strip() for name in self.classes):
             raise ConfigError("--classes", "holds an empty name; remove the comma too many")
-        if any(unicodedata.category(character) in _UNSEEN for name in self.classes for character in name):
-            raise ConfigError("--classes", "holds a line break or another character that cannot be seen; remove it")
+        for option, text in (("--classes", "".join(self.classes)), ("--title", self.title or "")):
+            if any(unicodedata.category(character) in _UNSEEN for character in text):
+                raise ConfigError(option, "holds a line break or another character that cannot be seen; remove it")
         if self.image_size and len(self.image_size) > 2:
             raise ConfigError("--image-size", "wants pixels, such as 224, or width and height, such as 320x240")
         if self.is_custom and self.weights not in (None, "none"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from label_studio_sdk.label_interface.interface import LabelInterface
 from typer.testing import CliRunner, Result
@@ -159,6 +159,7 @@ def test_classes_that_are_keys_are_their_own_hotkeys(tmp_path: Path) -> None:
     assert [f'value="{key}" hotkey="{key}"' in template for key in "01x"] == [True] * 3
 
 
+@example(["Cat", "Dog"], "00\x85")  # YAML's own line break: it was written as such, and read as a space
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=2, max_size=5, unique=True), st.text(min_size=3, max_size=50))
 @settings(max_examples=100, deadline=None)
 def test_whatever_name_is_taken_is_read_again_the_same(classes: list[str], title: str) -> None:
@@ -184,6 +185,7 @@ WRONG: dict[str, tuple[dict[str, str], list[str], str]] = {
     "empty class": ({"classes": "Cat,,Dog"}, [], "--classes: holds an empty name"),
     "no class": ({"classes": ""}, [], "--classes: holds an empty name"),
     "one class": ({"classes": "Cat"}, [], "--classes: classification chooses between at least two"),
+    "title with a line break of another kind": ({}, ["--title", "Cats\x85"], "--title: holds a line break"),
     "class with a line break": ({"classes": "Cat\nfish,Dog"}, [], "--classes: holds a line break"),
     "long class": ({"classes": f"Cat,{'D' * 201}"}, [], "--classes: Expected `str` of length <= 200"),
     "unknown network": (
