@@ -19,7 +19,6 @@ from urllib.parse import urlencode
 import msgspec
 import urllib3
 
-from labelloop import secrets
 from labelloop.errors import LabelStudioError, TooLargeError
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
 from labelloop.settings import Settings
@@ -527,4 +526,6 @@ def _known_task(task: dict[str, Any], data_key: str) -> KnownTask:
 
 def connect(settings: Settings) -> LabelStudioClient:
     """A client for the stage's Label Studio, with the token that holds now. Raises `LabelStudioError` when there is none."""
-    return LabelStudioClient(settings.label_studio_url, secrets.label_studio_token(settings))
+    from labelloop.secrets import label_studio_token  # brings boto3, which who has a token does not need
+
+    return LabelStudioClient(settings.label_studio_url, label_studio_token(settings))
