@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ USES_THE_LAPTOP = ("tests/loop/", "tests/browser/test_open_task.py", "tests/brow
 
 # Before anything starts threads of its own: torch and numpy spin on every core.
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and all that they start as well; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Until a test asks for the emulator, AWS is a closed port of this machine.
 for _name in [name for name in os.environ if name.startswith(("AWS_", "LABELLOOP_")) and name != "LABELLOOP_CACHE"]:
