@@ -12,6 +12,7 @@ Lambda's runtime brings, comes from this environment. `--imports` lists what eac
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import io
 import json
@@ -122,8 +123,10 @@ def packages() -> Iterator[dict[str, Package]]:
         for folder in (runtime, models, s3):
             folder.mkdir()
         site = Path(boto3.__file__).parent.parent
-        for name in ("boto3", "botocore", "s3transfer", "jmespath", "dateutil", "six.py", "urllib3"):  # Lambda's runtime
+        for name in ("boto3", "botocore", "s3transfer", "jmespath", "dateutil", "urllib3", "six.py"):  # Lambda's runtime
             (runtime / name).symlink_to(site / name)
+            compiled = compileall.compile_file if name.endswith(".py") else compileall.compile_dir
+            compiled(site / name, quiet=2)  # as Lambda's is; uv installs without byte code
         configs = _models(models)
         _fill(s3 / _BUCKET, configs)
         python = {name: _layer(name) for name in ("core", "inference")}
