@@ -36,8 +36,8 @@ _PAGE = 100  # tasks; few, so that a task is annotated seconds after it was seen
 _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS = 30  # then from the first task on: ids of transactions that overlap appear out of order
 _STALLED_SECONDS = 300  # without a new task
-_COUNTS = 3  # looks at whether all are counted, and attempts at it
-_SETTLED_SECONDS = 5.0  # Label Studio has long ended what it was at when the last annotation was made
+_COUNTS = 3  # attempts at having all counted
+_SETTLED_SECONDS = 5.0  # far more than an import usually takes from reading a count to writing it
 
 Reader = Callable[[], bytes]
 
@@ -318,13 +318,15 @@ def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mappi
 
     Label Studio counts the annotations of tasks that it imports last of all, and in between reading and writing a count, which
     may wait for a locked database, somebody can annotate the task: it then has an annotation and counts none, so that no
-    training would ever see it (met on a busy machine, and provoked by a slower import). Raises `LabelStudioError`.
+    training would ever see it (provoked on 1.23.2 by a slower import). Raises `LabelStudioError`.
     """
-    for _ in range(_COUNTS):
+    for attempt in range(_COUNTS + 1):
         time.sleep(_SETTLED_SECONDS)
         forgotten = [task for task in _unlabelled(label_studio, project, min(made), max(made)) if task in made]
         if not forgotten:
             return
+        if attempt == _COUNTS:
+            break
         for task in forgotten:
             label_studio.count_anew(made[task])
     raise LabelStudioError(

@@ -369,6 +369,13 @@ def test_a_download_that_breaks_off_is_an_error(server: RecordingServer, client:
         client.download("/data/upload/1/a.png", limit=2_000)
 
 
+def test_saving_an_annotation_as_it_is_has_its_task_counted(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(body={"id": 7})
+    client.count_anew(7)
+    (request,) = server.requests
+    assert (request.method, request.path, request.body) == ("PATCH", "/api/annotations/7/", b"{}")
+
+
 def test_annotations_of_many_tasks_are_asked_for_in_addresses_of_bearable_length(
     server: RecordingServer, client: LabelStudioClient
 ) -> None:

@@ -439,7 +439,7 @@ def test_tasks_are_annotated_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_annotation_that_label_studio_forgets_to_count_is_counted_again() -> None:
-    fake = Tasks([task(number, str(number)) for number in range(1, 9)], forgets={2: 1, 7: 2})
+    fake = Tasks([task(number, str(number)) for number in range(1, 9)], forgets={2: 1, 7: 3})  # the last attempt
     result = annotate(cast(Any, fake), 1, DIGITS, labelled(**{"1": "1", "2": "2", "7": "3"}), lambda: None)
     assert (result.now, result.before) == (3, 0)
     assert [known.id for known in fake.tasks_ if known.annotations] == [1, 2, 7]
