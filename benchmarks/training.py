@@ -1,12 +1,13 @@
 """How fast the training job trains, against torchvision's reference recipe and against the same steps without any data.
 
     uv run python -m benchmarks.training [--model mobilenet_v2] [--images 960] [--epochs 8] [--size 96] [--seeds 3] [--goal 0.75]
-                                         [--device auto] [--json FILE] [--plot FILE]
+                                         [--longer EPOCHS] [--device auto] [--json FILE] [--plot FILE]
 
 Runs, each in a process of its own, of the same torchvision network from random weights, for the same epochs over the same JPEG
 files, with the same images held out:
 
 - *ours*: the training job's own reading, decoding and fit, on augmented images as `architectures.augmentation` makes them;
+  with --longer once more, for that many epochs: what it makes of the time that the reference takes;
 - *reference*: what torchvision's references/classification does: a DataLoader whose workers decode every file anew in each epoch
   with Pillow, a random crop scaled to the size, a mirror image at random, SGD with momentum and a falling cosine, float32. It
   is trained with each of three learning rates by the first seed, and the one that ends with most of the held-out images right
@@ -81,6 +82,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     seed: int = 0
     rate: float = _REFERENCE_RATES[0]
+    title: str = "ours"
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -170,7 +172,7 @@ def ours(task: Task) -> Result:
     def done(epoch: Epoch) -> None:
         epochs.append(epoch)
         used.append(_cpu_seconds() - began)
-        say_epoch("ours", task, epoch.number, reading + sum(each.seconds for each in epochs), epoch.validation or 0.0)
+        say_epoch(task.title, task, epoch.number, reading + sum(each.seconds for each in epochs), epoch.validation or 0.0)
 
     trained = fit(fresh, data, config, card, augment, _place(task) / "checkpoint.pt", done)
     watch.stop()
@@ -180,7 +182,7 @@ def ours(task: Task) -> Result:
     spent = [epoch.seconds for epoch in epochs]
     images, seconds = sum(epoch.images for epoch in epochs), reading + sum(spent)
     return Result(
-        name="ours",
+        name=task.title,
         seed=task.seed,
         rate=_LEARNING_RATE,
         device=_device(),
@@ -366,8 +368,8 @@ def _model(task: Task) -> tuple[Any, Any]:
 
 
 def _place(task: Task) -> Path:
-    """What stands for /opt/ml: fresh for each seed, so that nothing is kept from one run to the next."""
-    return Path(task.folder) / f"ml-{task.seed}"
+    """What stands for /opt/ml: fresh for each run, so that nothing is kept from one to the next."""
+    return Path(task.folder) / f"ml-{task.seed}-{task.epochs}"
 
 
 def _card(config: Any) -> Any:
@@ -436,13 +438,18 @@ def say_epoch(name: str, task: Task, epoch: int, seconds: float, accuracy: float
 
 
 def compare(
-    task: Task, seeds: int, each: Callable[[Callable[[Task], Result], Task], Result]
+    task: Task, seeds: int, each: Callable[[Callable[[Task], Result], Task], Result], *, longer: int | None = None
 ) -> tuple[list[Result], list[Result]]:
-    """The runs that count, and those of the first seed's search for the reference's learning rate. `each` makes a run."""
+    """The runs that count, and those of the first seed's search for the reference's learning rate. `each` makes a run.
+
+    `longer`: epochs of another run of ours with each seed.
+    """
     runs, grid = [each(limit, task)], list[Result]()
     for seed in range(seeds):
         seeded = msgspec.structs.replace(task, seed=seed)
         runs.append(each(ours, seeded))
+        if longer:
+            runs.append(each(ours, msgspec.structs.replace(seeded, epochs=longer, title=f"ours, {longer} epochs")))
         if not grid:
             grid = [each(reference, msgspec.structs.replace(seeded, rate=rate)) for rate in _REFERENCE_RATES]
             best = max(grid, key=lambda result: result.curve[-1].accuracy)
@@ -469,6 +476,7 @@ def table(results: Sequence[Result], goal: float) -> str:
         "CPU ms per image",
         "waiting",
         "accuracy",
+        "s in all",
         f"s to {goal:.0%}",
         f"CPU s to {goal:.0%}",
     )
@@ -487,6 +495,7 @@ def table(results: Sequence[Result], goal: float) -> str:
                 _spread([1000 * run.cpu_seconds_per_image for run in runs], "{:.1f}"),
                 _spread([run.waiting for run in runs if run.waiting is not None], "{:.1%}"),
                 _spread([run.curve[-1].accuracy for run in runs if run.curve], "{:.1%}"),
+                _spread([run.curve[-1].seconds for run in runs if run.curve], "{:.0f}"),
                 _spread([point.seconds for point in there], "{:.0f}") + (missed if there else ""),
                 _spread([point.cpu_seconds for point in there], "{:.0f}") + (missed if there else ""),
                 f"{rate / fastest:.0%}" if fastest else "–",
@@ -509,16 +518,18 @@ def draw(results: Sequence[Result], goal: float, file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    colours = {"ours": ("labelloop", "C0"), "reference": ("torchvision's recipe", "C1")}
+    labels = {"ours": "labelloop", "reference": "torchvision's recipe"}
+    colours = {"ours": "C0", "reference": "C1"}
     named = set[str]()
     for result in results:
         if result.curve:
-            label, colour = colours[result.name]
+            label = labels.get(result.name, result.name.replace("ours", "labelloop"))
+            colour = colours.get(result.name, "C2")
             across, up = [point.seconds for point in result.curve], [100 * point.accuracy for point in result.curve]
             axes.plot(across, up, "o-", ms=3.5, color=colour, label=None if label in named else label)
             named.add(label)
     axes.axhline(100 * goal, color="grey", lw=0.8, ls=":")
-    axes.set(xlabel="seconds", ylabel="held-out images right, %", title="The training job and torchvision's recipe, same epochs")
+    axes.set(xlabel="seconds", ylabel="held-out images right, %", title="The training job and torchvision's recipe")
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -533,6 +544,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--size", type=int, default=96, help="pixels, width and height of the network's input")
     parser.add_argument("--seeds", type=int, default=3, help="runs of ours and of the reference (default: %(default)s)")
+    parser.add_argument("--longer", type=int, metavar="EPOCHS", help="train ours for so many epochs, too")
     parser.add_argument("--goal", type=float, default=0.75, help="accuracy to which time is measured (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--json", type=Path, help="write all runs to this file too")
@@ -540,6 +552,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.images < 30 * _BATCH:
         parser.error(f"an epoch has at least 30 steps, so that fewer than {30 * _BATCH} images would come more often than once")
+    if options.longer is not None and options.longer <= options.epochs:
+        parser.error(f"--longer is more than the {options.epochs} epochs that both are trained for")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as scratch:
@@ -551,10 +565,10 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=alone, max_tasks_per_child=1) as one_at_a_time:
 
             def each(run: Callable[[Task], Result], task: Task) -> Result:
-                note(called(run.__name__, task))
+                note(called(task.title if run is ours else run.__name__, task))
                 return one_at_a_time.submit(run, task).result()
 
-            results, grid = compare(task, options.seeds, each)
+            results, grid = compare(task, options.seeds, each, longer=options.longer)
     title = f"{options.model}, {options.size} × {options.size} pixels, {options.images} images, {options.epochs} epochs"
     print(f"{title}; {results[0].device}, {os.process_cpu_count()} cores, {platform.machine()}")
     found = ", ".join(f"{result.curve[-1].accuracy:.1%} with {result.rate}" for result in grid)

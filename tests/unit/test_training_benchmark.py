@@ -42,6 +42,18 @@ def test_the_references_best_rate_of_the_first_seed_is_kept_for_the_others() -> 
     assert {run.rate for run in runs if run.name == "reference"} == {0.03}
 
 
+def test_ours_is_trained_longer_with_each_seed_where_that_is_asked_for() -> None:
+    made: list[tuple[str, int, int]] = []
+
+    def each(run: Callable[[Task], Result], task: Task) -> Result:
+        made.append((task.title if run is training.ours else run.__name__, task.seed, task.epochs))
+        return result(run.__name__, 0.5, seed=task.seed, rate=task.rate)
+
+    training.compare(TASK, 2, each, longer=6)
+    assert made[:3] == [("limit", 0, 2), ("ours", 0, 2), ("ours, 6 epochs", 0, 6)]
+    assert made[6:] == [("ours", 1, 2), ("ours, 6 epochs", 1, 6), ("reference", 1, 2)]
+
+
 def test_what_is_trained_is_told_beside_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     training.say_epoch("reference", msgspec.structs.replace(TASK, seed=1, rate=0.03), 2, 61.4, 0.925)
     told = capsys.readouterr()
@@ -64,10 +76,11 @@ def test_runs_of_a_name_are_a_row_which_says_where_the_goal_was_missed() -> None
         result("reference", 0.8),
     ]
     rows = training.table(runs, 0.75).splitlines()
-    assert rows[2] == "| limit | 1 | 2 | 100 | 10.0 | – | – | – | – | 100% |"
-    assert rows[3] == ("| ours | 2 | 2 | 101 (100–102) | 10.0 | 25.0% | 85.0% (80.0%–90.0%) | 15 (10–20) | 22 (15–30) | 101% |")
-    assert rows[4].split(" | ")[6:9] == ["65.0% (50.0%–80.0%)", "10, 1 of 2 runs", "15, 1 of 2 runs"]
-    assert training.table(runs, 0.95).splitlines()[3].split(" | ")[7:9] == ["–", "–"]
+    assert rows[2] == "| limit | 1 | 2 | 100 | 10.0 | – | – | – | – | – | 100% |"
+    ours = "| ours | 2 | 2 | 101 (100–102) | 10.0 | 25.0% | 85.0% (80.0%–90.0%) | 20 | 15 (10–20) | 22 (15–30) | 101% |"
+    assert rows[3] == ours
+    assert rows[4].split(" | ")[6:10] == ["65.0% (50.0%–80.0%)", "10", "10, 1 of 2 runs", "15, 1 of 2 runs"]
+    assert training.table(runs, 0.95).splitlines()[3].split(" | ")[8:10] == ["–", "–"]
 
 
 def test_a_line_is_drawn_for_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
