@@ -29,6 +29,7 @@ lint: $(UV) ## check style and types, and the workflows
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+	$(RUN) mypy --python-version 3.12 -p training_jobs  # which SageMaker's image runs
 	$(RUN) zizmor --offline --quiet --persona pedantic .github/workflows
 	$(RUN) check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 

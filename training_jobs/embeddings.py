@@ -33,10 +33,7 @@ def embed(network: nn.Module, kind: ProblemTypeName, pixels: Pixels) -> Embeddin
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heads = problem.of(kind).heads(network).to(device).eval()
     with torch.inference_mode():
-        batches = [
-            heads.examine(to_network(batch.to(device)))[-1].cpu().numpy()
-            for batch in torch.split(torch.from_numpy(pixels), heads.at_once)
-        ]
+        batches = [heads.examine(to_network(batch.to(device)))[-1].cpu().numpy() for batch in heads.batches(pixels)]
     return np.concatenate(batches)
 
 

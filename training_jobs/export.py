@@ -48,7 +48,7 @@ def export(network: nn.Module, card: ModelCard, pixels: Pixels, file: Path) -> t
     is more than `MAX_DIFFERENCE`.
     """
     served = Served(problem.of(card.problem_type).heads(network)).cpu().eval()
-    several = served.heads.at_once > 1
+    several = served.heads.several
     example = torch.from_numpy(pixels[[0, 0] if several else [0]])  # the exporter would take a batch of one for a constant
     with torch.no_grad():  # inference mode would mark the anchors as its own, and the exporter could not use them
         served(example)  # detectors settle their anchors and scales in the first run, which the exporter cannot follow
@@ -85,7 +85,7 @@ def stamp(file: Path, card: ModelCard) -> Model:
 
 def parity(served: Served, model: Model, pixels: Pixels) -> float:
     """Largest difference of ONNX and torch outputs, relative to each output's scale. Raises `ModelError`."""
-    several = served.heads.at_once > 1
+    several = served.heads.several
     compared, size = pixels[: _COMPARED if several else _COMPARED_SINGLY], _BATCH if several else 1
     batches = [compared[start : start + size] for start in range(0, len(compared), size)]
     with torch.inference_mode():

@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,7 +96,12 @@ def threads(heads: Heads, config: ModelConfig) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         heads(torch.zeros(1, 1 if image.mode == "L" else 3, image.height, image.width))
     operations = _FORWARD_AND_BACK * config.hyperparameters.batch_size * counter.get_total_flops()
-    return max(1, min(int(operations / _A_THREADS_WORK + 0.5), os.process_cpu_count() or 1))
+    return max(1, min(int(operations / _A_THREADS_WORK + 0.5), cores()))
+
+
+def cores() -> int:
+    """Of this process: what `os.process_cpu_count` says from Python 3.13 on. SageMaker's image has 3.12."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fit(
@@ -148,13 +153,16 @@ def fit(
             report(Epoch(epoch + 1, epochs, loss, validation, training.learning_rate(step), seconds, batches.numel(), waited))
             if (epoch + 1) % math.ceil(epochs / _CHECKPOINTS) == 0 or epoch + 1 == epochs:
                 training.save(checkpoint, (epoch + 1) * steps)
+        if ranks.any_of(flag=stop.is_set()):  # while the last epoch was measured; its checkpoint is there
+            log.info("told to stop; all %d steps are saved", epochs * steps)
+            sys.exit(STOPPED)
     return training.averaged(epochs - 1).to(memory_format=torch.contiguous_format)
 
 
 def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[Region]]:
     """All that a network in evaluation mode takes into consideration for each image, reckoned as serving does it."""
     problem_type, device = problem_types.of(card.problem_type), next(heads.parameters()).device
-    for batch in torch.split(torch.from_numpy(pixels), heads.at_once):
+    for batch in heads.batches(pixels):
         with torch.inference_mode():
             outputs = [output.cpu().numpy() for output in heads(to_network(batch.to(device)))]
         yield from (problem_type.candidates(image, card) for image in zip(*outputs, strict=True))
@@ -180,9 +188,31 @@ class HalfPrecision(nn.Module):
         return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
-def on_gpu(network: nn.Module, *, compiled: bool) -> nn.Module:
+def halve_backbone(detector: nn.Module, device: str) -> None:
+    """Have a detector's backbone alone reckon in bfloat16.
+
+    Boxes in it would lie on multiples of 2 pixels from 256 on, of 4 from 512 on: thin ones are nothing, and their loss no number.
+    """
+    backbone: Any = detector.backbone
+    whole = backbone.forward
+
+    def forward(images: Tensor) -> Any:
+        with torch.autocast(device, torch.bfloat16):
+            found = whole(images)
+        return found.float() if isinstance(found, Tensor) else OrderedDict((name, each.float()) for name, each in found.items())
+
+    backbone.forward = forward
+
+
+def on_gpu(network: nn.Module, *, compiled: bool, detector: bool = False) -> nn.Module:
     """The network as a GPU runs its training steps, with the same weights. Older ones only pretend to know bfloat16."""
-    forward = HalfPrecision(network, "cuda") if torch.cuda.is_bf16_supported(including_emulation=False) else network
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        forward = network
+    elif detector:
+        halve_backbone(network, "cuda")
+        forward = network
+    else:
+        forward = HalfPrecision(network, "cuda")
     if compiled:
         forward.compile()
     return forward
@@ -245,8 +275,9 @@ class _Training:
         )
         self._forward = self._network
         if self._device.type == "cuda":
-            pays = self._steps >= _COMPILED_FROM and config.problem_type != "detection" and ranks.count() == 1
-            self._forward = on_gpu(self._network, compiled=pays)
+            detector = config.problem_type == "detection"
+            pays = self._steps >= _COMPILED_FROM and not detector and ranks.count() == 1
+            self._forward = on_gpu(self._network, compiled=pays, detector=detector)
         else:
             torch.set_num_threads(threads(kind.heads(self._average.module), config))
         self._forward = ranks.together(self._forward)

@@ -30,13 +30,15 @@ from labelloop.errors import ConfigError
 type Outputs = list[np.ndarray[Any, np.dtype[np.float32]]]
 
 _ALIKE = 95  # percent of the proposals that have to be the same
+_AT_ONCE = 256  # images that are measured in a run
+_PIXELS_AT_ONCE = 256 * 224 * 224  # of all of them: a network's layers take memory by these
 _WIDEST = 4096  # numbers in an embedding: as many as any of torchvision's classifiers has
 
 
 class Heads(nn.Module):
-    """Images → the problem type's outputs. `at_once`: so many images a run, which a loop over many should take."""
+    """Images → the problem type's outputs. `several`: whether a run takes more than one."""
 
-    at_once = 256
+    several = True
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -48,6 +50,12 @@ class Heads(nn.Module):
     @abstractmethod
     def examine(self, images: Tensor) -> tuple[Tensor, ...]:
         """The problem type's outputs, then the embeddings `[N, D]`. Raises `ConfigError` when the network has none to give."""
+
+    def batches(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[Tensor]:
+        """Images `[N, height, width, channels]` in as many runs as memory asks for: the larger they are, the fewer at once."""
+        _, height, width, _ = pixels.shape
+        at_once = min(_AT_ONCE, max(1, _PIXELS_AT_ONCE // (height * width))) if self.several else 1
+        yield from torch.split(torch.from_numpy(pixels), at_once)
 
     def difference(self, ours: Sequence[Outputs], theirs: Sequence[Outputs]) -> float:
         """Largest difference between two sets of runs, relative to the largest value of each output."""
@@ -118,7 +126,7 @@ class _LastGiven:
 class Anchors(Heads):
     """SSD, RetinaNet or FCOS: one image → boxes `[1, anchors, 1, 4]`, scores `[1, anchors, classes]`."""
 
-    at_once = 1
+    several = False
 
     def examine(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detector: Any = self.network
@@ -153,7 +161,7 @@ class Proposals(Heads):
     The suppression among the proposals stays in the graph. There are always as many: those that it takes away score nothing.
     """
 
-    at_once = 1
+    several = False
 
     def examine(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detector: Any = self.network

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ModelCard, Probe
-from training_jobs import problem
+from training_jobs import architectures, embeddings, export, heads, problem
 from training_jobs.cache import Cache, recipe
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.embeddings import Embeddings, embed
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _SHRINKAGE = 1.0  # of the weights on features of spread 1, against the summed loss: scikit-learn's C = 1
 _STEPS = 200
+_IN_MEMORY = 512  # images that are looked at in one go
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def look(fresh: nn.Module, folder: ModelFolder, card: ModelCard, train: Examples
     hashes = [row.sha256 for row in train.rows]
     missing = cache.fill(features, hashes) if cache else list(range(len(train)))
     if missing:
-        features[missing] = embed(fresh, card.problem_type, train.pixels[missing])
+        for first in range(0, len(missing), _IN_MEMORY):  # the others stay mapped
+            some = missing[first : first + _IN_MEMORY]
+            features[some] = embed(fresh, card.problem_type, train.pixels[some])
         if cache:
             cache.keep(features, hashes, missing)
     return Seen(features, len(train) - len(missing))
@@ -118,6 +122,8 @@ def better(
 def _digest(network: nn.Module, head: nn.Linear, folder: ModelFolder) -> str:
     """Stands for all that features follow from but the images: weights without the last layer's, code, libraries."""
     digest = hashlib.sha256(f"{torch.__version__} {torchvision.__version__}".encode())
+    for module in (architectures, embeddings, export, heads):
+        digest.update(Path(str(module.__file__)).read_bytes())
     digest.update((folder.folder / "model.py").read_bytes())
     own = {id(parameter) for parameter in head.parameters()}
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import detection
 
 from cli.examples import Example, digits
 from labelloop import imaging
@@ -20,8 +23,9 @@ from tests.examples import CONFIGS, DIGITS, model_card
 from tests.training.opt_ml import manifest_rows
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.export import to_network
-from training_jobs.fit import Epoch, Feed, HalfPrecision, fit, make_repeatable, threads
+from training_jobs.fit import Epoch, Feed, HalfPrecision, fit, halve_backbone, make_repeatable, threads
 from training_jobs.heads import Logits
+from training_jobs.job import STOPPED
 from training_jobs.network import build
 
 
@@ -86,6 +90,21 @@ def test_a_finished_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
     assert all(torch.equal(value, first.state_dict()[key]) for key, value in again.state_dict().items())
 
 
+def test_told_to_stop_while_the_last_epoch_is_measured_a_training_ends_all_the_same(tmp_path: Path) -> None:
+    few = examples(digits.load()[:5])
+    data = Dataset(train=few, validation=examples([]), test=examples([]))
+    network, augment = build(CONFIGS["digits"], None)
+    with pytest.raises(SystemExit) as ended:
+        fit(
+            network, data, short(), model_card(), augment, tmp_path / "checkpoint.pt",
+            lambda _: os.kill(os.getpid(), signal.SIGTERM),
+        )  # fmt: skip
+    assert ended.value.code == STOPPED
+    epochs: list[Epoch] = []
+    trained(short(), digits.load()[:5], tmp_path / "checkpoint.pt", epochs)
+    assert epochs == [], "all of it was saved"
+
+
 @pytest.mark.parametrize(("count", "augmented"), [(5, 60 - 1), (160, 60 - 25), (640, 0)])
 def test_the_last_five_rounds_over_the_images_go_without_augmentation(count: int, augmented: int, tmp_path: Path) -> None:
     given: list[int] = []
@@ -125,7 +144,7 @@ def test_batches_come_whole_and_in_order_also_when_nobody_takes_them_all() -> No
 
 def test_a_small_network_gets_one_thread_and_a_large_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its cost alone, whatever else the machine does."""
-    monkeypatch.setattr("os.process_cpu_count", lambda: 4)
+    monkeypatch.setattr("training_jobs.fit.cores", lambda: 4)
     small, _ = build(CONFIGS["digits"], None)
     assert threads(Logits(small).eval(), DIGITS) == 1
     large = nn.Sequential(nn.Conv2d(1, 256, 3, padding=1), nn.Conv2d(256, 256, 3, padding=1), nn.Flatten(), nn.LazyLinear(10))
@@ -143,3 +162,34 @@ def test_what_follows_a_network_in_half_precision_is_reckoned_in_full() -> None:
     outputs.sum().backward()
     assert network.weight.grad is not None
     assert network.weight.grad.dtype == torch.float32
+
+
+def test_a_detector_reckons_its_boxes_in_full() -> None:
+    """In bfloat16 a box between 301.2 and 302.6 is none: both sides lie at 302."""
+    images = [torch.rand(3, 320, 320)]
+    thin = [{"boxes": torch.tensor([[301.2, 200.2, 302.6, 212.9]]), "labels": torch.tensor([1])}]
+
+    def losses(of: nn.Module) -> list[Tensor]:
+        torch.manual_seed(0)
+        return list(of(images, thin).values())
+
+    torch.manual_seed(0)
+    detector = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=320, max_size=320
+    ).train()
+    whole = losses(detector)
+    assert not all(map(torch.isfinite, losses(HalfPrecision(detector, "cpu"))))
+    halve_backbone(detector, "cpu")
+    halved = losses(detector)
+    assert all(map(torch.isfinite, halved))
+    assert all(loss.dtype == torch.float32 for loss in halved)
+    assert halved != whole  # the backbone itself is not
+    sum(halved, torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(8, 256), (224, 256), (600, 35), (3000, 1)])
+def test_the_larger_the_images_the_fewer_are_measured_at_once(side: int, at_once: int) -> None:
+    pixels = np.empty((257, side, side, 1), dtype=np.uint8)  # nobody touches them
+    batches = list(Logits(nn.Identity()).batches(pixels))
+    assert [len(batch) for batch in batches][:1] == [at_once]
+    assert sum(map(len, batches)) == 257

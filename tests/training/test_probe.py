@@ -139,7 +139,12 @@ def test_the_fit_begins_where_the_probe_ended(late: ModelFolder, weights: Path, 
 
 
 def test_features_are_seen_once(
-    late: ModelFolder, weights: Path, images: list[Example], new_bucket: Callable[[], Bucket], tmp_path: Path
+    late: ModelFolder,
+    weights: Path,
+    images: list[Example],
+    new_bucket: Callable[[], Bucket],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bucket = new_bucket()
     cache = f"s3://{bucket.name}/cache/late/"
@@ -150,6 +155,7 @@ def test_features_are_seen_once(
         assert seen is not None
         return seen
 
+    monkeypatch.setattr(probe, "_IN_MEMORY", 3)  # in several goes
     assert look(few).kept == 0
     before = look(more)
     assert before.kept == 30
