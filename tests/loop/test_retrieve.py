@@ -20,7 +20,7 @@ def act(loop: Loop, action: str, tasks: list[int]) -> Any:
     body = {"selectedItems": {"all": False, "included": tasks}, "ordering": ["tasks:id"]}
     headers = {"Authorization": f"Token {loop.deployment.label_studio_token}"}
     address = f"{loop.deployment.label_studio_url}/api/dm/actions?id={action}&project={loop.project}"
-    answer = loop.http.request("POST", address, headers=headers, json=body, timeout=120)
+    answer = loop.http.request("POST", address, headers=headers, json=body, timeout=300)  # it writes for long
     assert answer.status == 200, answer.data
     return answer.json()
 
