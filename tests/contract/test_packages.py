@@ -26,6 +26,7 @@ from labelloop.imaging import FORMATS
 from labelloop.model_config import ModelConfigs
 from local.environment import aws_environment
 from tests import examples
+from tests.recording_server import Answer, Request, serving
 
 LIMIT_BYTES = 95_000_000
 FORBIDDEN = {"torch", "torchvision", "mlflow", "sagemaker", "pandas", "boto3", "botocore"}
@@ -170,3 +171,41 @@ def _site_packages() -> list[str]:
     import boto3
 
     return [str(Path(boto3.__file__).parent.parent)]
+
+
+def test_predict_reads_s3_after_it_was_restored_from_a_snapshot() -> None:
+    """Then Lambda gives no access key: it has an address that hands one out to whoever has the token."""
+
+    def answer(request: Request) -> Answer:
+        if request.path != "/credentials":
+            return Answer(404)
+        if request.headers.get("authorization") != "a-token":
+            return Answer(401)
+        expires = "2100-01-01T00:00:00Z"
+        return Answer(body={"AccessKeyId": "HANDEDOUT", "SecretAccessKey": "secret", "Token": "session", "Expiration": expires})
+
+    event = examples.api_event("GET", "digits", "versions", "")
+    with serving(answer) as recorder, model_configs_folder(examples.CONFIGS) as configs:
+        printed = alone(
+            "predict",
+            f"""
+import handler, os
+del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+os.environ["AWS_CONTAINER_CREDENTIALS_FULL_URI"] = "{recorder.url}/credentials"
+os.environ["AWS_CONTAINER_AUTHORIZATION_TOKEN"] = "a-token"
+class Context:
+    function_name = function_version = invoked_function_arn = aws_request_id = "none"
+    memory_limit_in_mb = 1769
+    get_remaining_time_in_millis = lambda self: 29_000
+print(handler.handler({event!r}, Context())["statusCode"])
+""",
+            AWS_LAMBDA_INITIALIZATION_TYPE="snap-start",
+            AWS_ENDPOINT_URL=recorder.url,
+            LABELLOOP_MODEL_CONFIGS=f"{configs}/python/model_configs",
+            LABELLOOP_IMAGES_BUCKET="images",
+            LABELLOOP_ARTIFACTS_BUCKET="artifacts",
+            LABELLOOP_LABEL_STUDIO_URL="http://127.0.0.1:1",
+        )
+    assert printed.splitlines()[-1] == "200"
+    (read,) = (request for request in recorder.requests if request.path == "/artifacts/champions/digits.json")
+    assert "Credential=HANDEDOUT/" in read.headers["authorization"]

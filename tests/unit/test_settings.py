@@ -40,3 +40,10 @@ def test_what_may_be_absent_has_a_default() -> None:
 
 def test_an_address_loses_its_trailing_slash() -> None:
     assert Settings({"LABELLOOP_LABEL_STUDIO_URL": "http://host:8080/"}).label_studio_url == "http://host:8080"
+
+
+def test_a_token_is_of_use_only_where_lambda_gives_no_access_key() -> None:
+    token = {"AWS_CONTAINER_AUTHORIZATION_TOKEN": "token"}
+    assert Settings(token).credentials_token == "token"
+    assert Settings({**token, "AWS_ACCESS_KEY_ID": "key"}).credentials_token is None
+    assert Settings({}).credentials_token is None

@@ -123,6 +123,12 @@ class Settings:
         return self._environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") in ("snap-start", "provisioned-concurrency")
 
     @property
+    def credentials_token(self) -> str | None:
+        """Opens the address that Lambda hands out credentials at, where it gives no access key itself (SnapStart); else None."""
+        given = self._environ.get("AWS_ACCESS_KEY_ID")
+        return None if given else self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN") or None
+
+    @property
     def rank(self) -> int:
         """The number of this process among those that torchrun started beside each other; 0 of one alone."""
         return int(self._environ.get("RANK", "0"))
