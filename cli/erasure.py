@@ -28,6 +28,7 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 from rich.console import Console
 
+from cli import train
 from cli.deployment import Deployment
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, parse_s3_uri, s3_uri
@@ -358,9 +359,12 @@ class Eraser:
             if digest in erasure.snapshots:
                 key = artifacts.evaluation_key(self._model, version)
                 outcome.files += self._rewrite(bucket, key, lambda content: _without(content, hashes))
-        for training in self._deployment.ledger.trainings(self._model):
-            if training.job.digest in erasure.snapshots:
-                key = artifacts.training_archive_key(self._model, training.job.job_name)
+        digests = {training.job.job_name: training.job.digest for training in self._deployment.ledger.trainings(self._model)}
+        prefix = artifacts.training_prefix(self._model)
+        for key in bucket.keys(prefix):
+            job_name = key.removeprefix(prefix).partition("/")[0]
+            unaffected = job_name in digests and digests[job_name] not in erasure.snapshots  # of trials the ledger knows nothing
+            if key == artifacts.training_archive_key(self._model, job_name) and not unaffected:
                 outcome.files += self._rewrite(bucket, key, lambda content: _repacked(content, hashes))
 
     def _empty_runs(self, digest: str, at: str, hashes: set[str], outcome: Erased) -> None:
@@ -409,10 +413,13 @@ class Eraser:
         busy = head.running.job_name if head.running else None
         if busy is None and head.trained and self._deployment.ledger.promotion(self._model, head.trained.job_name) is None:
             busy = head.trained.job_name
+        if busy is None:
+            busy = next(iter(train.running(self._deployment.artifacts.name, self._model)), None)
         if busy:
+            where = "MLflow" if busy.startswith(train.PREFIX) else f"labelloop status {self._model}"
             raise ConflictError(
                 f"{busy} is training or waits for the promotion gate, and would write the image down once more; "
-                f"run the command again when labelloop status {self._model} shows that it has ended"
+                f"run the command again when {where} shows that it has ended"
             )
 
     def _advise(self, hashes: set[str], outcome: Erased) -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from cli.deployment import Deployment
 from cli.training_job import progress
-from labelloop import artifacts
-from labelloop.errors import NotSetUpError, ServiceError, TrainingServiceError
+from labelloop import artifacts, aws
+from labelloop.errors import ConflictError, NotSetUpError, ServiceError, TrainingServiceError
 from labelloop.launcher import Launcher
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.promotion import in_points, unpack
@@ -27,7 +27,7 @@ from labelloop.settings import Settings
 
 type Say = Callable[[str], None]
 
-_PREFIX = "try-"  # the rules that listen for the loop's own jobs ask for another
+PREFIX = "try-"  # the rules that listen for the loop's own jobs ask for another
 _LONGEST_NAME = 63  # characters, SageMaker's limit
 _LOOK_SECONDS = 5.0
 
@@ -52,13 +52,14 @@ def train(
 ) -> Trial:
     """Start the job and, with `wait`, follow it to its end. Interrupted, it goes on.
 
-    Raises `NotSetUpError` before the loop's first snapshot, `TrainingServiceError` when SageMaker refuses the job or it fails.
+    Raises `NotSetUpError` before the loop's first snapshot, `ConflictError` during an erasure, `TrainingServiceError` when
+    SageMaker refuses the job or it fails.
     """
     config = _on_machine(folder.config, instance_type, spot)
     champion = deployment.champions.read(config.name)
     snapshot = _last_snapshot(deployment, config.name)
     job = Job(
-        job_name=f"{_PREFIX}{uuid.uuid4().hex[:8]}-{config.name.replace('_', '-')}"[:_LONGEST_NAME],
+        job_name=f"{PREFIX}{uuid.uuid4().hex[:8]}-{config.name.replace('_', '-')}"[:_LONGEST_NAME],
         digest=snapshot.digest,
         n_annotations=snapshot.n_annotations,
         attempt=1,
@@ -82,6 +83,23 @@ def train(
     return _outcome(deployment, trial)
 
 
+def running(bucket: str, model: str) -> list[str]:
+    """Trials that run and write to the model's folder in this bucket. Raises `TrainingServiceError`."""
+    client, output = aws.client("sagemaker"), artifacts.s3_uri(bucket, artifacts.training_prefix(model))
+    try:
+        pages = client.get_paginator("list_training_jobs")
+        names = [
+            job["TrainingJobName"]
+            for status in ("InProgress", "Stopping")
+            for page in pages.paginate(NameContains=PREFIX, StatusEquals=status)
+            for job in page["TrainingJobSummaries"]
+        ]
+        told = [client.describe_training_job(TrainingJobName=name) for name in names]
+    except (ClientError, BotoCoreError) as error:
+        raise TrainingServiceError(f"SageMaker does not say which trials run: {error}") from error
+    return [job["TrainingJobName"] for job in told if job["OutputDataConfig"]["S3OutputPath"] == output]
+
+
 def _on_machine(config: ModelConfig, instance_type: str | None, spot: bool | None) -> ModelConfig:
     training = config.training
     if instance_type:
@@ -93,7 +111,13 @@ def _on_machine(config: ModelConfig, instance_type: str | None, spot: bool | Non
 
 def _last_snapshot(deployment: Deployment, model: str) -> Snapshot:
     """The newest that is still what it was: an erasure takes images out of manifests, which jobs refuse then."""
-    erased = {digest for erasure in deployment.ledger.erasures(model) for digest in erasure.snapshots}
+    erasures = deployment.ledger.erasures(model)
+    if any(erasure.finished_at is None for erasure in erasures):
+        raise ConflictError(
+            f"images of {model} are being erased, or that was interrupted; finish it first, for any image: "
+            f"labelloop erase {model} --image …"
+        )
+    erased = {digest for erasure in erasures for digest in erasure.snapshots}
     snapshots = [training.job.snapshot for training in deployment.ledger.trainings(model)]
     whole = [snapshot for snapshot in snapshots if snapshot.digest not in erased]
     if not whole:

@@ -90,6 +90,21 @@ class Mlflow:
 
 
 @dataclass
+class SageMaker:
+    """Training jobs that run, by name, and the folder that each writes to."""
+
+    running: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, request: Request) -> Answer:
+        if request.headers["x-amz-target"] == "SageMaker.DescribeTrainingJob":
+            name = request.json["TrainingJobName"]
+            return Answer(body={"TrainingJobName": name, "OutputDataConfig": {"S3OutputPath": self.running[name]}})
+        asked = request.json
+        listed = [name for name in self.running if asked["StatusEquals"] == "Stopping" and asked["NameContains"] in name]
+        return Answer(body={"TrainingJobSummaries": [{"TrainingJobName": name} for name in listed]})
+
+
+@dataclass
 class Stage:
     """A model with a secret image under two names, and another one, that two versions have seen."""
 
@@ -99,6 +114,7 @@ class Stage:
     artifacts: Bucket
     label_studio: LabelStudio
     mlflow: Mlflow
+    sagemaker: SageMaker
     server: RecordingServer
 
     def upload(self, task: int, name: str, content: bytes) -> AnnotatedTask:
@@ -177,13 +193,14 @@ class Stage:
 
 
 @pytest.fixture
-def stage(ledger: Ledger, new_bucket: Callable[[], Bucket]) -> Iterator[Stage]:
+def stage(ledger: Ledger, new_bucket: Callable[[], Bucket], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     images, kept = new_bucket(), new_bucket()
     for bucket in (images, kept):
         boto3.client("s3").put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
     ledger.set_project("digits", PROJECT)
-    mlflow, label_studio = Mlflow(), LabelStudio()
-    with serving(mlflow) as server:
+    mlflow, label_studio, sagemaker = Mlflow(), LabelStudio(), SageMaker()
+    with serving(mlflow) as server, serving(sagemaker) as jobs:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", jobs.url)
         deployment = Deployment("dev")
         vars(deployment).update(
             images=images,
@@ -193,7 +210,7 @@ def stage(ledger: Ledger, new_bucket: Callable[[], Bucket]) -> Iterator[Stage]:
             champions=Champions(kept),
             registry=Registry(server.url),
         )
-        yield Stage(deployment, ledger, images, kept, label_studio, mlflow, server)
+        yield Stage(deployment, ledger, images, kept, label_studio, mlflow, sagemaker, server)
 
 
 @pytest.fixture
@@ -367,6 +384,30 @@ def test_not_while_a_training_runs(trained: Stage) -> None:
         trained.erase("secret 1.png")
     assert trained.images.get("images/digits/secret 1.png") == SECRET
     assert trained.ledger.erasures("digits") == []
+
+
+def test_not_while_a_trial_of_the_model_runs(trained: Stage) -> None:
+    """One of another model, or stage, is no reason."""
+    mine = s3_uri(trained.artifacts.name, artifacts.training_prefix("digits"))
+    other = s3_uri(trained.artifacts.name, artifacts.training_prefix("digits2"))
+    trained.sagemaker.running = {"try-0-digits2": other, "try-1-digits": mine.replace("s3://", "s3://not-"), "try-2-digits": mine}
+    with pytest.raises(ConflictError, match=r"try-2-digits is training .*MLflow shows"):
+        trained.erase("secret 1.png")
+    assert trained.ledger.erasures("digits") == []
+    del trained.sagemaker.running["try-2-digits"]
+    trained.erase("secret 1.png")
+    assert trained.is_erased
+
+
+def test_archives_of_trials_are_emptied(trained: Stage) -> None:
+    """The ledger knows nothing of them."""
+    ours = trained.artifacts.get(artifacts.training_archive_key("digits", "job-2")) or b""
+    key = artifacts.training_archive_key("digits", "try-1-digits")
+    trained.artifacts.put(key, ours)
+    assert trained.erase("secret 1.png").files == 7
+    assert trained.is_erased
+    onnx, report = unpack(trained.artifacts.get(key) or b"")
+    assert (onnx, len(report.holdout), report.suspects) == (b"onnx", 20, [])
 
 
 def test_a_training_that_began_meanwhile_is_waited_for(trained: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -34,12 +35,14 @@ def test_a_function_that_cannot_be_looked_at_starts_nothing(stage: Stage) -> Non
     assert json.loads(done.stdout or "null") is None
 
 
-def test_a_snapshot_that_an_image_was_erased_from_is_not_trained_on(stage: Stage) -> None:
+def test_nothing_is_trained_during_an_erasure_nor_a_snapshot_that_an_image_was_erased_from(stage: Stage) -> None:
     stage.train(100, 0.9)
     digests = {training.job.digest: "0" * 64 for training in stage.ledger.trainings("digits")}
     assert digests
-    stage.ledger.record_erasure(
-        Erasure(model="digits", at="2026-01-01T00:00:00+00:00", by="a", reason="b", images=[], snapshots=digests)
-    )
+    erasure = Erasure(model="digits", at="2026-01-01T00:00:00+00:00", by="a", reason="b", images=[])
+    stage.ledger.record_erasure(erasure)
+    done = CliRunner().invoke(app, ["train", "digits", "--stage", STAGE])
+    assert "finish it first, for any image: labelloop erase digits" in str(done.exception)
+    stage.ledger.record_erasure(msgspec.structs.replace(erasure, snapshots=digests, finished_at=erasure.at))
     done = CliRunner().invoke(app, ["train", "digits", "--stage", STAGE])
     assert "images of all its snapshots were erased" in str(done.exception)
