@@ -13,7 +13,7 @@ from infra_cdk.stage import Stage
 
 
 class PrivateBucket(s3.Bucket):
-    """Nothing public, TLS only, encrypted, versioned, kept when the stack goes."""
+    """Nothing public, TLS only, encrypted, versioned, kept when the stack goes, unless its own creation is taken back."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class PrivateBucket(s3.Bucket):
             ],
             minimum_tls_version=1.2,
             object_ownership=s3.ObjectOwnership.BUCKET_OWNER_ENFORCED,
-            removal_policy=cdk.RemovalPolicy.RETAIN,
+            removal_policy=cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE,
             versioned=True,
         )
         if sends_events:

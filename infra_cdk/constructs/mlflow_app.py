@@ -29,7 +29,7 @@ class MlflowApp(Construct):
             role_arn=role.role_arn,
             model_registration_mode="AutoModelRegistrationDisabled",
         )
-        app.apply_removal_policy(cdk.RemovalPolicy.RETAIN)
+        app.apply_removal_policy(cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE)
         app.node.add_dependency(role)
         self.arn = app.attr_arn
 

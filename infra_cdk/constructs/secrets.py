@@ -40,7 +40,7 @@ class Secrets(Construct):
             )
             if deployed
             else None,
-            removal_policy=cdk.RemovalPolicy.RETAIN,
+            removal_policy=cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE,
         )
         acknowledge(self.label_studio, SMG4="Label Studio issues the token; Secrets Manager cannot rotate it")
         if stage.mlflow_secret:
@@ -50,7 +50,7 @@ class Secrets(Construct):
                 secret_name=stage.mlflow_secret,
                 description="Token that labelloop signs in to the MLflow server with; empty where it asks for none",
                 secret_object_value={"token": cdk.SecretValue.unsafe_plain_text("")},
-                removal_policy=cdk.RemovalPolicy.RETAIN,
+                removal_policy=cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE,
             )
             acknowledge(mlflow, SMG4="the MLflow server issues the token; Secrets Manager cannot rotate it")
         for config in stage.configs:
@@ -65,7 +65,7 @@ class Secrets(Construct):
                     password_length=40,
                     exclude_punctuation=True,  # a colon or a quote is at the mercy of every client's Basic auth
                 ),
-                removal_policy=cdk.RemovalPolicy.RETAIN,
+                removal_policy=cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE,
             )
             acknowledge(
                 backend, SMG4="Label Studio holds a copy; `labelloop rotate-secrets` changes both, AWS's rotation could not"

@@ -71,7 +71,7 @@ class LabelStudioStack(cdk.Stack):
         )
         self._signing_key = self._generated("SigningKey", "what Label Studio signs sessions and tokens with", "key", 64)
         for secret in (self._database_secret, self._admin, self._signing_key):
-            secret.apply_removal_policy(cdk.RemovalPolicy.RETAIN)
+            secret.apply_removal_policy(cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE)
         acknowledge(self._database_secret, SMG4="a task knows the password from its start on; docs/label-studio.md changes it")
         self._media = PrivateBucket(self, "Media", stage=stage, cors=label_studio_cors(stage))
 

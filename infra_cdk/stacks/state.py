@@ -1,4 +1,7 @@
-"""The state stack: everything that holds data. All of it is kept when the stack is deleted."""
+"""The state stack: everything that holds data. All of it is kept when the stack is deleted.
+
+But for what an update or a first deployment that failed has made: the next attempt makes the same names again.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,10 @@ class StateStack(cdk.Stack):
             sort_key=dynamodb.Attribute(name="record", type=dynamodb.AttributeType.STRING),
             billing_mode=dynamodb.BillingMode.PAY_PER_REQUEST,
             point_in_time_recovery_specification=dynamodb.PointInTimeRecoverySpecification(point_in_time_recovery_enabled=True),
-            removal_policy=cdk.RemovalPolicy.RETAIN,
+            removal_policy=cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE,
         )
         self.event_bus = events.EventBus(self, "EventBus", event_bus_name=stage.prefix)
-        self.event_bus.apply_removal_policy(cdk.RemovalPolicy.RETAIN)
+        self.event_bus.apply_removal_policy(cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE)
         self.secrets = Secrets(self, "Secrets", stage=stage)
         AlarmTopic(self, "Alarms", stage=stage)
 

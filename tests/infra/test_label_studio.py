@@ -205,7 +205,7 @@ def test_what_holds_data_keeps_its_name_and_outlives_the_stack(template: Templat
     """Another logical id would make CloudFormation begin anew with an empty one."""
     for id in ("DatabaseSecret86DBB7B3", "AdminC75D2A91", "SigningKeyEEFC2790", "MediaA721A567"):
         resource = template.resources[id]
-        assert resource["DeletionPolicy"] == resource["UpdateReplacePolicy"] == "Retain"
+        assert (resource["DeletionPolicy"], resource["UpdateReplacePolicy"]) == ("RetainExceptOnCreate", "Retain")
     assert template.resources["DatabaseB269D8BB"]["Type"] == "AWS::RDS::DBCluster"
     holding = {id for kind in ("S3::Bucket", "RDS::DBCluster", "SecretsManager::Secret") for id in template.of_type(kind)}
     assert len(holding) == 5

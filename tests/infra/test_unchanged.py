@@ -35,6 +35,7 @@ RETAINED = {
 }
 APP = {"MlflowArtifacts3D6BA9CD": "S3::Bucket", "MlflowApp434C8BD0": "SageMaker::MlflowApp"}
 SERVER = {"SecretsMlflow6520EC12": "SecretsManager::Secret"}
+KEEPS = ("Retain", "RetainExceptOnCreate")
 ONE_OF_A_MODEL = "SecretsBackend"  # each model adds one
 
 
@@ -44,7 +45,7 @@ def retained(templates: Templates) -> dict[str, dict[str, str]]:
         name: {
             id: resource["Type"].removeprefix("AWS::")
             for id, resource in template.resources.items()
-            if "Retain" in (resource.get("DeletionPolicy"), resource.get("UpdateReplacePolicy"))
+            if resource.get("DeletionPolicy") in KEEPS or resource.get("UpdateReplacePolicy") in KEEPS
         }
         for name, template in zip(RETAINED, templates, strict=True)
     }
