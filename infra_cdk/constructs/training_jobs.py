@@ -17,13 +17,32 @@ from infra_cdk.constructs.secrets import allow_reading_mlflow_secret
 from infra_cdk.nag import acknowledge_wildcard
 from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
 from infra_cdk.stage import Stage
-from infra_cdk.stage_facts import Network
+from infra_cdk.stage_facts import STAGES, Network
 from labelloop.artifacts import parse_s3_uri
+from labelloop.errors import ConfigError
 
 # What `image_uris.retrieve("pytorch-amzn2023", version="2.14", …)` of the sagemaker SDK says, which tests/infra asks; the
 # registry's account goes by region.
 _REPOSITORY = "pytorch"
 _TAG = "2.14-cu133-amzn2023-sagemaker"
+_ACCOUNTS = {  # of regions that the CDK knows none of
+    "af-south-1": "626614931356",
+    "ap-northeast-3": "364406365360",
+    "ap-southeast-5": "550225433462",
+    "ap-southeast-7": "590183813437",
+    "ca-west-1": "204538143572",
+    "il-central-1": "780543022126",
+    "me-west-1": "124382933778",
+    "mx-central-1": "637423239942",
+}
+
+
+def registry_account(stack: cdk.Stack) -> str | None:
+    """The account whose registry has AWS's containers in the stack's region; None where there is none."""
+    fact = region_info.FactName.DLC_REPOSITORY_ACCOUNT
+    if cdk.Token.is_unresolved(stack.region):
+        return stack.regional_fact(fact)
+    return region_info.Fact.find(stack.region, fact) or _ACCOUNTS.get(stack.region)
 
 
 class TrainingJobs(Construct):
@@ -91,7 +110,11 @@ class TrainingJobs(Construct):
     def _container_image(self) -> str:
         """AWS's PyTorch container, and leave for the role to pull it."""
         stack = cdk.Stack.of(self)
-        account = stack.regional_fact(region_info.FactName.DLC_REPOSITORY_ACCOUNT)
+        account = registry_account(stack)
+        if account is None:
+            raise ConfigError(
+                STAGES, f"training jobs find no PyTorch container of AWS in {stack.region}", f"{self._stage.name}.region"
+            )
         repository = stack.format_arn(service="ecr", account=account, resource="repository", resource_name=_REPOSITORY)
         allow(self.role, "ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", on=repository)
         allow(self.role, "ecr:GetAuthorizationToken", on="*", wildcard="signing in to ECR knows no resource")

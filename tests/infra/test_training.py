@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aws_cdk as cdk
 import pytest
 
+from infra_cdk.constructs.training_jobs import registry_account
 from labelloop import drift
+from labelloop.errors import ConfigError
 from labelloop.messages import delay
 from tests.infra.templates import Resource, Template, Templates, context_of, flat, synthesize
 
@@ -194,6 +197,22 @@ def test_the_training_image_is_awss_own_for_the_region(prod: Templates) -> None:
     image = flat(prod.training.functions["retrain"]["Properties"]["Environment"]["Variables"]["LABELLOOP_TRAINING_IMAGE"])
     assert ".dkr.ecr." in image
     assert image.rpartition("/")[2] == known.rpartition("/")[2]
+
+
+def test_every_region_that_has_the_training_image_can_be_deployed_to() -> None:
+    import sagemaker.core.image_uris as sdk
+
+    known = json.loads((Path(sdk.__file__).parent / "image_uri_config" / "pytorch-amzn2023.json").read_text())
+    accounts = known["training"]["versions"]["2.14"]["registries"]
+    assert len(accounts) > 30
+    app = cdk.App()
+    stacks = {region: cdk.Stack(app, region, env=cdk.Environment(region=region)) for region in accounts}
+    assert {region: registry_account(stack) for region, stack in stacks.items()} == accounts
+
+
+def test_a_region_without_the_training_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prod\.region: .* in eu-nowhere-1"):
+        synthesize(context_of(tmp_path, region="eu-nowhere-1"), tmp_path / "out")
 
 
 def _stack_name(templates: Templates) -> str:
