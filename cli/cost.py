@@ -657,11 +657,11 @@ def _table(title: str, lines: Sequence[Line], total: float) -> Table:
     table = Table(title=escape(title), title_justify="left", show_footer=True, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("resource", "total", overflow="fold")
     for name in ("count", "quantity"):
-        table.add_column(name, justify="right")
-    table.add_column("charged by")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("charged by", overflow="fold")
     allowances = any(line.free for line in lines)
     if allowances:
-        table.add_column("always free", justify="right")
+        table.add_column("always free", justify="right", no_wrap=True)
     table.add_column("cost", dollars(total), justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for line in lines:

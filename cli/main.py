@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import webbrowser
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 
 from cli.deployment import DEMO, LAPTOP, Deployment, addresses_to_show
@@ -32,7 +33,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+_WIDE = 130  # columns
+
+
+class _Output(Console):
+    """Wide where it is no window: in pipes, files and CI. The variable COLUMNS overrules it."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        return found if self.file.isatty() or "COLUMNS" in os.environ else found._replace(width=_WIDE)
+
+    @size.setter
+    def size(self, new: tuple[int, int]) -> None:
+        raise NotImplementedError("it is found out anew each time")
+
+
+console = _Output()
 problems = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Name of a folder under model_configs/.", show_default=False)]

@@ -329,6 +329,8 @@ def show(status: Status, console: Console) -> None:
     else:
         console.print("no version yet")
     facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, text, colour in (*_of_the_model(status), *_of_the_work(status), *_of_the_trainings(status)):
         facts.add_row(f"[{colour}]{name}[/{colour}]" if colour else name, escape(text))
     console.print(facts)
@@ -398,8 +400,10 @@ def how_far(progress: JobProgress) -> str:
 def _versions(status: Status) -> Table:
     table = Table(box=None, pad_edge=False)
     right = ("version", "annotations", METRIC_TITLES[status.metric], "calibration\nerror", "kept")
-    for column in (*right, "to the champion,\npoints", "verdict", ""):
-        table.add_column(column, justify="right" if column in right else "left")
+    difference = "to the champion\n(points)"
+    for column in (*right, difference, "verdict", ""):
+        narrows = column in (METRIC_TITLES[status.metric], difference)
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not narrows)
     for row in status.versions:
         table.add_row(
             str(row.version),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cli import cost
@@ -209,6 +211,26 @@ def test_the_command_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch, di
     assert found.month == found.idle == report(digits).idle
     assert found.checked == PRICES.checked
     assert asked == [(["digits"], stage, read_facts(stage)) for stage in ("prod", "dev")]
+
+
+def test_at_eighty_columns_nothing_is_lost(digits: Resources) -> None:
+    used = report(digits, predictions=50_000_000, labels=3_000_000)
+    file = io.StringIO()
+    cost.show(used, Console(file=file, width=80))
+    text = file.getvalue()
+    assert "…" not in text
+    large = {f"{line.quantity:,.0f}" for line in used.month.lines if line.charged_by and line.quantity >= 1e6}
+    assert large
+    assert large <= set(text.split())
+
+
+def test_a_pipe_is_wide_unless_columns_says_otherwise(monkeypatch: pytest.MonkeyPatch, digits: Resources) -> None:
+    monkeypatch.setattr(cost, "synthesize", lambda *_: digits)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for env, width in (({}, 130), ({"COLUMNS": "90"}, 90)):
+        told = CliRunner().invoke(app, ["cost", "digits"], env=env)
+        assert told.exit_code == 0, told.output
+        assert max(map(len, told.output.partition("Prices as known")[0].splitlines()[1:-1])) == width
 
 
 @pytest.mark.parametrize(

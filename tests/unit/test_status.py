@@ -172,6 +172,17 @@ def test_the_table_fits_a_hundred_columns(busy: Stage) -> None:
     assert max(len(line.rstrip()) for line in lines[1:6]) <= 100
 
 
+def test_at_eighty_columns_nothing_is_lost(busy: Stage) -> None:
+    address = f"s3://labelloop-prod-images-123456789012/images/digits/{'very-' * 20}long.jpg"
+    status = msgspec.structs.replace(busy.status(), problems=[f"{address} is no image"])
+    lines = said(status, width=80)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    assert address in "".join(text.split())
+    assert {"annotations", "calibration", "champion", "undecided", "96.3%"} <= set(text.split())
+
+
 def test_the_holdout_says_what_it_tells_apart_and_a_small_one_warns(stage: Stage) -> None:
     assert stage.status().holdout is None
     stage.decide(1, 0.9, holdout_images=5)
