@@ -79,7 +79,7 @@ class Erased:
     """What was erased. `records`: of the ledger, `files`: manifests, reports and archives in S3 and MLflow that named images.
 
     `left`: where something remains that the command does not reach. `serving`: the champion where it learnt from an image.
-    `without`: the newest version that did not.
+    `without`: the newest version that did not. `trials`: jobs of `labelloop train` on a snapshot with an image.
     """
 
     model: str
@@ -89,6 +89,7 @@ class Erased:
     records: int = 0
     files: int = 0
     left: list[str] = field(default_factory=list)
+    trials: list[str] = field(default_factory=list)
     serving: int | None = None
     without: int | None = None
 
@@ -371,6 +372,8 @@ class Eraser:
         """The same in the artifacts of the snapshot's runs in MLflow."""
         registry = self._deployment.registry
         for run in registry.runs_of(self._model, digest):
+            if run.name.startswith(train.PREFIX):
+                outcome.trials.append(run.name)
             store = self._store(registry, run)
             if store is None:
                 outcome.left.append(f"MLflow run {run.id}: {', '.join(_IN_MLFLOW)} under {run.artifacts}")
@@ -597,7 +600,9 @@ def show(erased: Erased, console: Console) -> None:
     )
     for found in erased.images:
         _line(console, f"{found.sha256}: {_used(found.uses)}")
-    if any(found.uses for found in erased.images):
+    for trial in erased.trials:
+        _line(console, f"{trial}, a trial in MLflow, was given a snapshot with it")
+    if erased.trials or any(found.uses for found in erased.images):
         _line(console, "a version that has learnt from an image is not changed by this")
     if erased.serving:
         back = f", or go back now: labelloop rollback {erased.model} --to {erased.without}" if erased.without else ""

@@ -181,7 +181,7 @@ def test_a_job_records_its_run_and_a_function_moves_the_version(kind: Kind, run_
     registry.tag("digits", version, {"verdict": "promote", "verdict_reason": "not worse + surely"})
     registry.set_alias("digits", "champion", version)
     (known,) = registry.runs_of("digits", "d" * 64)
-    assert known.id == run.id
+    assert (known.id, known.name) == (run.id, "job-1")
     assert registry.runs_of("digits two", "d" * 64) == [], "a space in a query is signed as it is sent"
 
     champion = kind.behind.get_model_version_by_alias("digits", "champion")

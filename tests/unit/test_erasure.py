@@ -70,6 +70,7 @@ class Mlflow:
 
     address: str = "mlflow-artifacts:/1/{run}/artifacts"
     runs: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # that differ from the run's id
     files: dict[str, bytes] = field(default_factory=dict)
 
     def __call__(self, request: Request) -> Answer:
@@ -79,7 +80,14 @@ class Mlflow:
         if path.endswith("runs/search"):
             digest = request.json["filter"].split("'")[1]
             found = [run for run, of in self.runs.items() if of == digest]
-            return Answer(body={"runs": [{"info": {"run_id": r, "artifact_uri": self.address.format(run=r)}} for r in found]})
+            return Answer(
+                body={
+                    "runs": [
+                        {"info": {"run_id": r, "run_name": self.names.get(r, r), "artifact_uri": self.address.format(run=r)}}
+                        for r in found
+                    ]
+                }
+            )
         file = path.partition("/mlflow-artifacts/artifacts/")[2]
         if request.method == "PUT":
             self.files[file] = request.body
@@ -397,6 +405,17 @@ def test_not_while_a_trial_of_the_model_runs(trained: Stage) -> None:
     del trained.sagemaker.running["try-2-digits"]
     trained.erase("secret 1.png")
     assert trained.is_erased
+
+
+def test_trials_that_were_given_the_image_are_named(trained: Stage) -> None:
+    runs = trained.mlflow.runs
+    runs |= {"run7": runs["run1"], "run8": runs["run2"]}
+    trained.mlflow.names = {"run7": "try-7-digits", "run8": "try-8-digits"}
+    done = trained.erase("secret 1.png")
+    assert done.trials == ["try-8-digits"]
+    text = io.StringIO()
+    erasure.show(done, Console(file=text, width=200))
+    assert "try-8-digits, a trial in MLflow, was given a snapshot with it" in text.getvalue()
 
 
 def test_archives_of_trials_are_emptied(trained: Stage) -> None:

@@ -25,9 +25,13 @@ _RETRIES = urllib3.Retry(
 
 @dataclass(frozen=True)
 class Run:
-    """A run and the address of its artifacts. `served`: the path at which the server itself hands them out; None elsewhere."""
+    """A run, named after its job, and the address of its artifacts.
+
+    `served`: the path at which the server itself hands them out; None elsewhere.
+    """
 
     id: str
+    name: str
     artifacts: str
 
     @property
@@ -61,7 +65,7 @@ class Registry:
     def runs_of(self, model: str, digest: str) -> list[Run]:
         """The runs, deleted ones too, that trained on a dataset snapshot."""
         runs = self._runs(model, f"tags.dataset_digest = '{digest}'")
-        return [Run(run["info"]["run_id"], run["info"]["artifact_uri"]) for run in runs]
+        return [Run(run["info"]["run_id"], run["info"].get("run_name", ""), run["info"]["artifact_uri"]) for run in runs]
 
     def epoch(self, model: str, job_name: str) -> int | None:
         """The last epoch that a training job has noted; None while it has noted none."""
