@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,24 @@ def test_every_region_that_has_the_training_image_can_be_deployed_to() -> None:
 def test_a_region_without_the_training_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prod\.region: .* in eu-nowhere-1"):
         synthesize(context_of(tmp_path, region="eu-nowhere-1"), tmp_path / "out")
+
+
+def test_training_can_let_go_of_the_app_before_the_app_goes(tmp_path: Path) -> None:
+    """docs/stages.md, from the App to a server: with the new facts it takes only what the state stack as it was gives."""
+
+    def taken(template: Template) -> set[str]:
+        return set(re.findall(r'"Fn::ImportValue": "([^"]+)"', json.dumps(template.body)))
+
+    def given(template: Template) -> set[str]:
+        return {output["Export"]["Name"] for output in template.body["Outputs"].values() if "Export" in output}
+
+    app = synthesize(context_of(tmp_path / "app"), tmp_path / "app" / "out")
+    server = synthesize(context_of(tmp_path / "server", mlflow="https://mlflow.example.org"), tmp_path / "server" / "out")
+    assert taken(server.training)
+    assert taken(server.training) <= given(app.state)
+    gone = given(app.state) - given(server.state)
+    assert gone & taken(app.training), "why the order matters"
+    assert not gone & taken(app.serving)
 
 
 def _stack_name(templates: Templates) -> str:
