@@ -63,7 +63,8 @@ def opens_with_signature(request: Request, url: str) -> bool:
     given = request.headers.get("authorization", "")
     signed = given.partition("SignedHeaders=")[2].partition(",")[0].split(";")
     return (
-        {"host", "x-amz-date", "x-amz-security-token", "x-sm-mlflow-app-arn"} <= set(signed)
+        {"host", "x-amz-content-sha256", "x-amz-date", "x-amz-security-token", "x-sm-mlflow-app-arn"} <= set(signed)
+        and request.headers["x-amz-content-sha256"] == hashlib.sha256(request.body).hexdigest()
         and request.headers["x-sm-mlflow-app-arn"] == ARN
         and given == signature(request, url)
     )

@@ -5,6 +5,7 @@ mlflow's own client weighs 69 MB at the least, waits 120 s and retries: not for 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,11 +126,12 @@ class Registry:
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def _signature(self, method: str, url: str, content: bytes) -> dict[str, str]:
-        """SigV4 headers for an MLflow App."""
+        """SigV4 headers for an MLflow App, the same as those of the plugin sagemaker-mlflow."""
         from botocore.auth import SigV4Auth
         from botocore.awsrequest import AWSRequest
 
-        request = AWSRequest(method, url, data=content, headers={"x-sm-mlflow-app-arn": self._app})
+        headers = {"x-sm-mlflow-app-arn": self._app, "X-Amz-Content-SHA256": hashlib.sha256(content).hexdigest()}
+        request = AWSRequest(method, url, data=content, headers=headers)
         SigV4Auth(self._credentials.get_frozen_credentials(), "sagemaker", self._region).add_auth(request)
         return dict(request.headers.items())
 
