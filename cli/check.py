@@ -249,7 +249,7 @@ def _network_problems(folder: ModelFolder) -> Iterator[ConfigError]:
             _try_classifier(config, built, augment, file)
     except ConfigError as error:
         yield ConfigError(str(folder.folder / Path(error.where).name), Problem.of(error).message, error.key)
-    except Exception as error:  # noqa: BLE001 - a person's own code may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a person's own code may raise anything
         yield ConfigError(file, f"{_place(error, file)}{type(error).__name__}: {error}; correct it")
 
 
@@ -308,7 +308,7 @@ def _form(value: object) -> str:
     return f"{type(value).__name__}" if shape is None else f"{value.dtype} {list(shape)}"  # type: ignore[attr-defined]
 
 
-def _place(error: Exception, file: str) -> str:
+def _place(error: BaseException, file: str) -> str:
     """Where in `file` it went wrong."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: "

@@ -21,6 +21,7 @@ from labelloop.model_config import ModelConfig
 
 IMAGE, LABEL = "image", "label"  # columns
 SEPARATOR = "|"  # between several classes in one cell
+_REST = "\0"  # the key of a row's cells beyond the header, which no column can have
 _WILDCARD = re.compile(r"[*?\[]")
 _KEY_BYTES = 1024  # S3's limit
 _SHOWN = 10  # rows of a table's error
@@ -82,6 +83,8 @@ def gather(given: Sequence[str], config: ModelConfig, *, labels_from_folders: bo
 
 def _files(word: str, found: Sources) -> Iterator[Source]:
     """The files that one word of the command line means."""
+    if not word:
+        raise RequestError("one of the paths is empty; for the folder that you are in give .")
     path = Path(word)
     if path.is_dir():
         inside = list(_below(path, found))
@@ -151,6 +154,12 @@ def _table(table: Path, config: ModelConfig, found: Sources) -> list[Source]:
     for number, row in _rows(table):
         cell = (row[IMAGE] or "").strip()
         name = PurePosixPath(cell)
+        if _REST in row:
+            several = f"; several classes go into one, separated by {SEPARATOR}" if config.problem_type == "multilabel" else ""
+            found.refused[f"{table}:{number}"] = (
+                f"the row has more cells than the header; put one with a comma in quotes{several}"
+            )
+            continue
         if not cell:
             found.refused[f"{table}:{number}"] = f"the row names no {IMAGE}"
             continue
@@ -174,11 +183,16 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """A CSV file's rows with their line numbers."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, restkey=_REST, strict=True)
             columns = reader.fieldnames or []
             if IMAGE not in columns:
                 has = f"it has: {', '.join(columns)}" if columns else "it is empty"
                 raise ConfigError(table, f"has no column {IMAGE!r} in its first line; {has} (columns are separated by commas)")
+            if twice := [column for column in (IMAGE, LABEL) if columns.count(column) > 1]:
+                raise ConfigError(table, f"has the column {twice[0]!r} twice; an image has one row, and a row one cell of each")
+            near = [column for column in columns if column.strip().lower() in (LABEL, f"{LABEL}s")]
+            if near and LABEL not in columns:
+                raise ConfigError(table, f"has no column {LABEL!r}, did you mean {near[0]!r}? Rename it, or remove it")
             for row in reader:
                 yield reader.line_num, row
     except OSError as error:

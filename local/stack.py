@@ -133,7 +133,9 @@ class LaptopStack:
         return addresses
 
     def down(self) -> None:
-        """Stop everything; what the parts hold is kept."""
+        """Stop everything; what the parts hold is kept. A folder without a stack is left as it is."""
+        if _read(self.home) is None:
+            return
         with self._alone():
             record = _read(self.home)
             if record is not None:
@@ -143,7 +145,7 @@ class LaptopStack:
         """Stop everything and delete the folder. Refuses a folder that no stack was kept in."""
         if not self.home.exists():
             return
-        if _read(self.home) is None and any(self.home.iterdir()) and not self._lock.exists():
+        if _read(self.home) is None and any(file != self._lock for file in self.home.iterdir()):
             raise LocalServiceError("laptop", f"{self.home} holds no stack: delete it by hand if it is to go")
         self.down()
         shutil.rmtree(self.home)

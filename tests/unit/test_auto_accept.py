@@ -137,6 +137,16 @@ def test_a_version_without_a_threshold_accepts_nothing(folder: ModelFolder, ledg
     assert (label_studio.tasks, audited(ledger)) == ({}, set())
 
 
+@pytest.mark.parametrize("change", [{"classes": ["seven", *CARD.classes[1:]]}, {"classes": CARD.classes[1:]},
+                                    {"problem_type": "multilabel"}])  # fmt: skip
+def test_a_version_of_other_classes_accepts_nothing(
+    folder: ModelFolder, ledger: Ledger, label_studio: Annotations, change: dict[str, Any]
+) -> None:
+    old = msgspec.structs.replace(CARD, **change)
+    assert accept(folder, ledger, label_studio, [says(n) for n in range(50)], card=old) == 0
+    assert not audited(ledger)
+
+
 def test_tasks_that_ingest_did_not_make_are_left_alone(folder: ModelFolder, ledger: Ledger, label_studio: Annotations) -> None:
     _, predicted = says(1)
     strangers = [PredictTask(id=1, data={}), PredictTask(id=2, data={}, meta={"group": examples.sha256("2")})]

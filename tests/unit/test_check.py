@@ -271,6 +271,7 @@ NETWORKS: dict[str, tuple[str, str, str]] = {
     # what is wrong → model, model.py, what is said
     "no Python": ("classification", "def build_model(:", "line 1: SyntaxError"),
     "no such module": ("classification", HEAD + "import no_such_module\n", "line 10: ModuleNotFoundError"),
+    "an end of the process": ("classification", HEAD + "import sys\nsys.exit(0)\n", "line 11: SystemExit"),
     "no network": ("classification", HEAD.replace("build_model", "make_model"), "build_model"),
     "no augmentation": ("classification", HEAD.replace("augmentation", "augment"), "augmentation"),
     "an error of its own": ("multilabel", HEAD.replace("len(config.classes)", "config.classes_"), "line 6: AttributeError"),

@@ -245,6 +245,21 @@ def test_a_shortage_of_machines_is_no_failure_of_the_job(failure: str, none: boo
     assert state.no_machine is none
 
 
+@pytest.mark.parametrize(
+    ("secondary", "none", "reason"),
+    [
+        ("MaxWaitTimeExceeded", True, "CapacityError: no spot machine"),
+        ("MaxRuntimeExceeded", False, "it took longer than training.max_runtime_minutes"),
+        ("Stopped", False, "None"),
+    ],
+)
+def test_why_sagemaker_itself_stopped_a_job_is_told(secondary: str, none: bool, reason: str) -> None:
+    state = Launcher(SETTINGS, Describes(TrainingJobStatus="Stopped", SecondaryStatus=secondary)).state("job-1")
+    assert state is not None
+    assert state.no_machine is none
+    assert str(state.failure).startswith(reason)
+
+
 def test_a_started_job_is_the_request_of_the_contract() -> None:
     client = boto3.client("sagemaker")
     with Stubber(client) as stub:

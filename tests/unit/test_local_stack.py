@@ -53,12 +53,18 @@ def _is_of_this_test(process: psutil.Process) -> bool:
 
 def test_only_a_stacks_own_folder_is_erased(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
+    a_stack(tmp_path, []).down()
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "stack.lock").touch()  # whatever left it there
     with pytest.raises(LocalServiceError, match="holds no stack"):
         a_stack(tmp_path, []).erase()
     assert (tmp_path / "thesis.tex").exists()
     a_stack(tmp_path / "never", []).erase()
     kept = tmp_path / "kept"
     a_stack(kept, []).down()
+    assert not kept.exists(), "nothing was there to stop"
+    kept.mkdir()
+    (kept / "stack.lock").touch()
     a_stack(kept, []).erase()
     assert not kept.exists()
 

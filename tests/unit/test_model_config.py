@@ -97,6 +97,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "empty file": ("", "", "Expected `object`"),
     "number as key": (GOOD + "\n1: x\n", "", "Expected `str`"),
     "no YAML": ("name: [digits", "", "is not valid YAML"),
+    "braces without quotes": ("label_studio: {title: {{ project }}}", "", "a mapping or a list cannot be a key"),
     "key twice": (GOOD + "\nname: digits\n", "", "the key 'name' stands twice"),
     "nested key twice": (
         GOOD.replace("hyperparameters:\n", "hyperparameters:\n  epochs: 1\n"),

@@ -94,6 +94,7 @@ def test_of_two_files_with_one_name_the_second_is_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("", "one of the paths is empty"),
         ("nowhere", "nowhere does not exist"),
         ("nowhere/1.png", "does not exist"),
         ("empty", "empty holds no files"),
@@ -191,6 +192,13 @@ def test_several_classes_stand_in_one_cell(here: Path) -> None:
     assert [source.labels for source in sources.images.values()] == [("red", "small"), None]
 
 
+def test_a_row_of_more_cells_than_the_header_is_refused(here: Path) -> None:
+    write("sets/1.png", "sets/2.png")
+    sources = gather([table("image,label\n1.png,red,small\n2.png,red\n")], TAGS)
+    assert list(sources.images) == ["2.png"]
+    assert "put one with a comma in quotes; several classes go into one, separated by |" in sources.refused["sets/all.csv:2"]
+
+
 def test_rows_that_name_no_file_beside_the_csv_are_refused_and_the_rest_is_not(here: Path) -> None:
     write("sets/1.png", "other.png")
     given = table(f'image\n1.png\ngone.png\n../other.png\n{here}/other.png\n""\n')
@@ -218,6 +226,9 @@ def test_an_image_that_a_csv_names_twice_has_its_first_classes(here: Path) -> No
         ("image;label\n1.png;Cat\n", PETS, "it has: image;label .columns are separated by commas"),
         ("", PETS, "it is empty"),
         ("image\n", PETS, "no rows"),
+        ("image,Label\n1.png,Cat\n", PETS, "has no column 'label', did you mean 'Label'"),
+        ("image,labels\n1.png,Cat\n", PETS, "did you mean 'labels'"),
+        ("image,label,label\n1.png,Cat,Dog\n", PETS, "has the column 'label' twice"),
         ('image\n"1.png\n', PETS, "is no CSV"),
         ("image,label\n1.png,Cats\n1.png,Bird\n", PETS, "label: line 2: 'Cats' is no class, did you mean 'Cat'.*line 3: 'Bird'"),
         ("image,label\n1.png,red|rond\n", TAGS, "line 2: 'rond' is no class, did you mean 'round'"),

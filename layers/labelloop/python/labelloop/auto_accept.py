@@ -60,7 +60,7 @@ def accept(
     the same time there are two, of which the person's counts. Raises `ServiceError`.
     """
     config, rules = folder.config, folder.config.auto_accept
-    if rules is None or card.accept_from is None:
+    if rules is None or card.accept_from is None or not _speaks_of_the_same(card, config):
         return 0
     sure = [_Sure(*pair) for pair in predicted if pair[1].certainty >= card.accept_from and _is_open_to_it(pair[0], config)]
     if not sure or not _is_on(folder, version, project, ledger, label_studio, look_seconds):
@@ -71,6 +71,11 @@ def accept(
         for one in sure
         if not _is_audited(one.group, rules.audit)
     )
+
+
+def _speaks_of_the_same(card: ModelCard, config: ModelConfig) -> bool:
+    """Whether the version knows the config's classes, and no others: snapshots leave out what is annotated with another."""
+    return set(card.classes) == set(config.classes) and card.problem_type == config.problem_type
 
 
 def summary(folder: ModelFolder, version: int, ledger: Ledger, tasks: Sequence[AnnotatedTask]) -> AutoAcceptState | None:

@@ -35,6 +35,13 @@ _JOB_NAME = 63  # characters, SageMaker's limit
 JobStatus = Literal["InProgress", "Completed", "Failed", "Stopping", "Stopped", "Deleting"]
 
 
+# Why SageMaker stopped a job itself, by its secondary status; it gives no reason then.
+_STOPPED_BY = {
+    "MaxWaitTimeExceeded": f"{NO_MACHINE}: no spot machine for long enough, in twice the time that the job may take",
+    "MaxRuntimeExceeded": "it took longer than training.max_runtime_minutes",
+}
+
+
 @dataclass(frozen=True)
 class JobState:
     """What SageMaker says of a job."""
@@ -49,7 +56,7 @@ class JobState:
     @property
     def no_machine(self) -> bool:
         """Whether AWS had none to spare. What comes before the colon of a reason is SageMaker's code."""
-        return self.status == "Failed" and (self.failure or "").partition(":")[0] == NO_MACHINE
+        return self.status in ("Failed", "Stopped") and (self.failure or "").partition(":")[0] == NO_MACHINE
 
 
 def job_name(stage: str, model: str, digest: str, attempt: int) -> str:
@@ -100,7 +107,8 @@ class Launcher:
             raise TrainingServiceError(f"SageMaker refused to describe {name}: {error}") from error
         except BotoCoreError as error:
             raise TrainingServiceError(f"SageMaker does not answer: {error}") from error
-        return JobState(status=answer["TrainingJobStatus"], failure=answer.get("FailureReason"))
+        failure = answer.get("FailureReason") or _STOPPED_BY.get(answer.get("SecondaryStatus", ""))
+        return JobState(status=answer["TrainingJobStatus"], failure=failure)
 
 
 def training_request(

@@ -20,7 +20,7 @@ from labelloop.errors import RegistryError
 _TIMEOUT = urllib3.Timeout(connect=3, read=10)  # s
 _RETRIES = urllib3.Retry(
     total=3, connect=3, read=1, status=2, backoff_factor=0.3, backoff_jitter=0.3, status_forcelist=(502, 503, 504),
-    allowed_methods=None, raise_on_status=False,
+    allowed_methods=None, raise_on_status=False, respect_retry_after_header=False,
 )  # fmt: skip
 
 

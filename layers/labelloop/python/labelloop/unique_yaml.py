@@ -23,7 +23,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                text = "a mapping or a list cannot be a key; what has braces or brackets wants quotes"
+                raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -34,6 +34,7 @@ _RETRIES = urllib3.Retry(
     backoff_factor=0.3,
     backoff_jitter=0.3,
     status_forcelist=(502, 503, 504),
+    respect_retry_after_header=False,  # it may be longer than a function runs; its queue waits better
     raise_on_status=False,
 )
 # A listing otherwise shows images at an address of Label Studio's own, once a storage covers them.
