@@ -133,6 +133,17 @@ def test_two_files_with_the_same_content_are_one_image(intake: Intake) -> None:
     assert len(intake.images) == 1
 
 
+def test_what_nobody_foresaw_comes_again_with_the_traceback(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: object) -> list[int]:
+        raise KeyError("task_ids")
+
+    key = intake.put("1.png", png(1))
+    monkeypatch.setattr(intake.label_studio, "import_tasks", answer)
+    (reason,) = intake.take(key).again.values()
+    assert "Traceback" in reason
+    assert "KeyError: 'task_ids'" in reason
+
+
 def test_a_broken_image_is_refused_and_the_others_become_tasks(intake: Intake) -> None:
     good, broken, text, empty, fine = (
         intake.put(name, data)

@@ -107,6 +107,20 @@ def test_a_new_version_has_all_unlabelled_tasks_predicted(
     assert label_studio.asked.index("rename_backend") < label_studio.asked.index("unlabelled_ids")
 
 
+def test_nothing_is_predicted_twice_because_something_else_failed(
+    champions: Champions, ledger: Ledger, label_studio: LabelStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: object) -> int:
+        raise LabelStudioError("database is locked", status=500)
+
+    monkeypatch.setattr("labelloop.review.offer", locked)
+    champions.swap(examples.champion(3), tag=None)
+    label_studio.unlabelled, queue = [1, 2], Queue()
+    with pytest.raises(LabelStudioError):
+        refreshed(champions, ledger, label_studio, 3, queue)
+    assert queue.sent == []
+
+
 @pytest.mark.parametrize("judged", [2, 4])
 def test_a_version_that_does_not_serve_has_nothing_predicted(
     champions: Champions, ledger: Ledger, label_studio: LabelStudio, judged: int

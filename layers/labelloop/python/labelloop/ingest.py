@@ -10,6 +10,7 @@ each task comes with an empty prediction whose score orders a diverse start: ima
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,10 @@ class Ingest:
             else:
                 by_model.setdefault(model, []).append((message, key))
         for model, messages in by_model.items():
-            self._ingest(model, messages, outcome)
+            try:
+                self._ingest(model, messages, outcome)
+            except Exception:  # noqa: BLE001 - a fault of ours, or an answer that nobody foresaw; the other models go on
+                outcome.again.update(dict.fromkeys((message for message, _ in messages), traceback.format_exc()))
         return outcome
 
     def _ingest(self, model: str, messages: list[tuple[str, str]], outcome: Outcome) -> None:

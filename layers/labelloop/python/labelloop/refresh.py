@@ -53,11 +53,14 @@ class Refresher:
         champion = self._champions.read(judged.model)
         project = self._ledger.project(judged.model)
         title = self._rename(project, judged.model, champion)
+        cases = self._offer_suspects(project, judged)
         ranges = 0
         running = shadow.running(self._ledger.promotions(judged.model).values(), champion)
         if judged.version in (one.version for one in (champion, running) if one):
-            ranges = self._queue.send(unlabelled_ranges(judged.model, self._label_studio, project))
-        return Refreshed(title, ranges, self._offer_suspects(project, judged))
+            ranges = self._queue.send(
+                unlabelled_ranges(judged.model, self._label_studio, project)
+            )  # last: nothing fails after it
+        return Refreshed(title, ranges, cases)
 
     def _offer_suspects(self, project: int, judged: VersionJudged) -> int:
         """Show the annotations that the version's training found suspicious, whether it was promoted or kept."""
