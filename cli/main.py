@@ -42,7 +42,10 @@ class _Output(Console):
     @property
     def size(self) -> ConsoleDimensions:
         found = super().size
-        return found if self.file.isatty() or "COLUMNS" in os.environ else found._replace(width=_WIDE)
+        if self.file.isatty():
+            return found
+        asked = os.environ.get("COLUMNS", "")  # which Rich would not look at where TERM is dumb, as in CI
+        return found._replace(width=int(asked) if asked.isdecimal() else _WIDE)
 
     @size.setter
     def size(self, new: tuple[int, int]) -> None:

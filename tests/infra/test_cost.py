@@ -227,7 +227,7 @@ def test_at_eighty_columns_nothing_is_lost(digits: Resources) -> None:
 def test_a_pipe_is_wide_unless_columns_says_otherwise(monkeypatch: pytest.MonkeyPatch, digits: Resources) -> None:
     monkeypatch.setattr(cost, "synthesize", lambda *_: digits)
     monkeypatch.delenv("COLUMNS", raising=False)
-    for env, width in (({}, 130), ({"COLUMNS": "90"}, 90)):
+    for env, width in (({}, 130), ({"COLUMNS": "90"}, 90), ({"COLUMNS": "90", "TERM": "dumb"}, 90), ({"TERM": "dumb"}, 130)):
         told = CliRunner().invoke(app, ["cost", "digits"], env=env)
         assert told.exit_code == 0, told.output
         assert max(map(len, told.output.partition("Prices as known")[0].splitlines()[1:-1])) == width
