@@ -134,12 +134,10 @@ class LaptopStack:
 
     def down(self) -> None:
         """Stop everything; what the parts hold is kept. A folder without a stack is left as it is."""
-        if _read(self.home) is None:
+        if _read(self.home) is None and not self._lock.exists():
             return
         with self._alone():
-            record = _read(self.home)
-            if record is not None:
-                self._stop(record, list(record.processes))
+            self._stop_all()
 
     def erase(self) -> None:
         """Stop everything and delete the folder. Refuses a folder that no stack was kept in."""
@@ -147,8 +145,14 @@ class LaptopStack:
             return
         if _read(self.home) is None and any(file != self._lock for file in self.home.iterdir()):
             raise LocalServiceError("laptop", f"{self.home} holds no stack: delete it by hand if it is to go")
-        self.down()
-        shutil.rmtree(self.home)
+        with self._alone():  # an `up` that has recorded nothing yet holds it, too
+            self._stop_all()
+            shutil.rmtree(self.home)
+
+    def _stop_all(self) -> None:
+        record = _read(self.home)
+        if record is not None:
+            self._stop(record, list(record.processes))
 
     def addresses(self) -> Addresses | None:
         """Of the recorded stack when it was deployed and all its processes run."""

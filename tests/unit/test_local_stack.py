@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import stat
 from pathlib import Path
@@ -64,7 +65,11 @@ def test_only_a_stacks_own_folder_is_erased(tmp_path: Path) -> None:
     a_stack(kept, []).down()
     assert not kept.exists(), "nothing was there to stop"
     kept.mkdir()
-    (kept / "stack.lock").touch()
+    with (kept / "stack.lock").open("w") as lock:  # as an `up` holds it that has recorded nothing yet
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for end in (a_stack(kept, []).down, a_stack(kept, []).erase):
+            with pytest.raises(LocalServiceError, match="another command is starting"):
+                end()
     a_stack(kept, []).erase()
     assert not kept.exists()
 
