@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from labelloop.artifacts import is_plain_key
 from labelloop.errors import ConfigError, RequestError
@@ -21,7 +22,6 @@ from labelloop.model_config import ModelConfig
 
 IMAGE, LABEL = "image", "label"  # columns
 SEPARATOR = "|"  # between several classes in one cell
-_REST = "\0"  # the key of a row's cells beyond the header, which no column can have
 _WILDCARD = re.compile(r"[*?\[]")
 _KEY_BYTES = 1024  # S3's limit
 _SHOWN = 10  # rows of a table's error
@@ -154,11 +154,14 @@ def _table(table: Path, config: ModelConfig, found: Sources) -> list[Source]:
     for number, row in _rows(table):
         cell = (row[IMAGE] or "").strip()
         name = PurePosixPath(cell)
-        if _REST in row:
+        if None in row:  # cells beyond the header
             several = f"; several classes go into one, separated by {SEPARATOR}" if config.problem_type == "multilabel" else ""
             found.refused[f"{table}:{number}"] = (
                 f"the row has more cells than the header; put one with a comma in quotes{several}"
             )
+            continue
+        if "\0" in cell:
+            found.refused[f"{table}:{number}"] = f"the row's {IMAGE} has a character that no file's name can have"
             continue
         if not cell:
             found.refused[f"{table}:{number}"] = f"the row names no {IMAGE}"
@@ -179,11 +182,11 @@ def _table(table: Path, config: ModelConfig, found: Sources) -> list[Source]:
     return sources
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(table: Path) -> Iterator[tuple[int, dict[str | None, Any]]]:
     """A CSV file's rows with their line numbers."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey=_REST, strict=True)
+            reader = csv.DictReader(file, strict=True)
             columns = reader.fieldnames or []
             if IMAGE not in columns:
                 has = f"it has: {', '.join(columns)}" if columns else "it is empty"

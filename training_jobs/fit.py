@@ -188,7 +188,7 @@ class HalfPrecision(nn.Module):
         return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
-def halve_backbone(detector: nn.Module, device: str) -> None:
+def half_precision_backbone(detector: nn.Module, device: str) -> None:
     """Have a detector's backbone alone reckon in bfloat16.
 
     Boxes in it would lie on multiples of 2 pixels from 256 on, of 4 from 512 on: thin ones are nothing, and their loss no number.
@@ -209,7 +209,7 @@ def on_gpu(network: nn.Module, *, compiled: bool, detector: bool = False) -> nn.
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         forward = network
     elif detector:
-        halve_backbone(network, "cuda")
+        half_precision_backbone(network, "cuda")
         forward = network
     else:
         forward = HalfPrecision(network, "cuda")

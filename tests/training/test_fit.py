@@ -23,7 +23,7 @@ from tests.examples import CONFIGS, DIGITS, model_card
 from tests.training.opt_ml import manifest_rows
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.export import to_network
-from training_jobs.fit import Epoch, Feed, HalfPrecision, fit, halve_backbone, make_repeatable, threads
+from training_jobs.fit import Epoch, Feed, HalfPrecision, fit, half_precision_backbone, make_repeatable, threads
 from training_jobs.heads import Logits
 from training_jobs.job import STOPPED
 from training_jobs.network import build
@@ -179,7 +179,7 @@ def test_a_detector_reckons_its_boxes_in_full() -> None:
     ).train()
     whole = losses(detector)
     assert not all(map(torch.isfinite, losses(HalfPrecision(detector, "cpu"))))
-    halve_backbone(detector, "cpu")
+    half_precision_backbone(detector, "cpu")
     halved = losses(detector)
     assert all(map(torch.isfinite, halved))
     assert all(loss.dtype == torch.float32 for loss in halved)

@@ -199,6 +199,13 @@ def test_a_row_of_more_cells_than_the_header_is_refused(here: Path) -> None:
     assert "put one with a comma in quotes; several classes go into one, separated by |" in sources.refused["sets/all.csv:2"]
 
 
+def test_a_name_that_no_file_can_have_is_refused_and_the_rest_is_not(here: Path) -> None:
+    write("sets/1.png")
+    sources = gather([table("image\na\0b.png\n1.png\n")], PETS)
+    assert list(sources.images) == ["1.png"]
+    assert sources.refused.keys() == {"sets/all.csv:2"}
+
+
 def test_rows_that_name_no_file_beside_the_csv_are_refused_and_the_rest_is_not(here: Path) -> None:
     write("sets/1.png", "other.png")
     given = table(f'image\n1.png\ngone.png\n../other.png\n{here}/other.png\n""\n')

@@ -57,9 +57,8 @@ class Refresher:
         ranges = 0
         running = shadow.running(self._ledger.promotions(judged.model).values(), champion)
         if judged.version in (one.version for one in (champion, running) if one):
-            ranges = self._queue.send(
-                unlabelled_ranges(judged.model, self._label_studio, project)
-            )  # last: nothing fails after it
+            # Last: what fails after it would send them all again.
+            ranges = self._queue.send(unlabelled_ranges(judged.model, self._label_studio, project))
         return Refreshed(title, ranges, cases)
 
     def _offer_suspects(self, project: int, judged: VersionJudged) -> int:
