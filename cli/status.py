@@ -194,6 +194,10 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
         if found and found.annotated == work.annotated:  # the last look counted the same, and looked closer
             usable = f"{found.usable:,} of {found.annotated:,} annotated tasks can be trained on"
             coming, left_out = msgspec.structs.replace(coming, now=False, reason=usable), found.reasons
+        failed = next((t.job for t in trainings if head.failure and t.job.job_name == head.failure.job_name), None)
+        if decision.train and failed and head.failure and not head.failure.no_machine and _annotated(failed) == work.annotated:
+            same = f"{failed.job_name} failed with as many annotations; any change of them allows another try"
+            coming = msgspec.structs.replace(coming, now=False, reason=same)
     return Status(
         model=model,
         problem_type=config.problem_type,
@@ -233,6 +237,11 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
         left_out=left_out,
         problems=problems,
     )
+
+
+def _annotated(job: Job) -> int:
+    """The tasks that were annotated when its snapshot was taken."""
+    return job.n_annotations + sum(job.snapshot.skipped.values())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import aws_cdk as cdk
 from aws_cdk import aws_cloudwatch as cloudwatch
@@ -237,6 +238,24 @@ class TrainingStack(cdk.Stack):
         self.functions[name] = function
         return function.execution_role
 
+    def _tell_operator(self, id: str, detail: dict[str, Any], what: str) -> None:
+        """Of a job that ended so, at once, as an alarm would for ten cents a month."""
+        rule = events.Rule(
+            self,
+            id,
+            description="tells the operator",
+            event_pattern=events.EventPattern(
+                source=self._stage.training_event_sources,
+                detail_type=["SageMaker Training Job State Change"],
+                detail={"TrainingJobName": events.Match.prefix(self._stage.job_prefix), **detail},
+            ),
+        )
+        message = events.RuleTargetInput.from_text(
+            f"The training job {events.EventField.from_path('$.detail.TrainingJobName')} {what} "
+            f"What to do: {RUNBOOK}#trainings-failed"
+        )
+        rule.add_target(targets.SnsTopic(alarm_topic(rule, stage=self._stage), message=message))
+
     def _add_rules(self, *, ingest: QueueWorker, retrain: QueueWorker, promote: QueueWorker, refresh: QueueWorker) -> None:
         field = events.EventField.from_path
         events.Rule(
@@ -276,28 +295,16 @@ class TrainingStack(cdk.Stack):
                 ),
             ],
         )
-        events.Rule(
-            self,
+        self._tell_operator(
             "TrainingFailed",
-            description="tells the operator at once, as an alarm would for ten cents a month",
-            event_pattern=events.EventPattern(
-                source=self._stage.training_event_sources,
-                detail_type=["SageMaker Training Job State Change"],
-                detail={
-                    "TrainingJobStatus": ["Failed"],
-                    "TrainingJobName": events.Match.prefix(self._stage.job_prefix),
-                    "FailureReason": events.Match.anything_but_prefix(NO_MACHINE),  # that one comes again by itself
-                },
-            ),
-            targets=[
-                targets.SnsTopic(
-                    alarm_topic(self, stage=self._stage),
-                    message=events.RuleTargetInput.from_text(
-                        f"The training job {field('$.detail.TrainingJobName')} failed: {field('$.detail.FailureReason')} "
-                        f"What to do: {RUNBOOK}#trainings-failed"
-                    ),
-                )
-            ],
+            # Where AWS had no machine the training comes again by itself.
+            {"TrainingJobStatus": ["Failed"], "FailureReason": events.Match.anything_but_prefix(NO_MACHINE)},
+            f"failed: {field('$.detail.FailureReason')}",
+        )
+        self._tell_operator(
+            "TrainingOutOfTime",
+            {"TrainingJobStatus": ["Stopped"], "SecondaryStatus": ["MaxRuntimeExceeded"]},
+            "was stopped: it took longer than training.max_runtime_minutes.",
         )
         events.Rule(
             self,

@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+import pytest
+
 from infra_cdk.sources import ROOT
 from labelloop.retrain import TRAINING_FAILED
 from tests.infra.templates import Template, Templates, flat
@@ -70,14 +72,19 @@ def test_a_failed_training_is_found_in_retrains_log(prod: Templates) -> None:
     assert (metric["MetricNamespace"], metric["MetricName"]) == ("labelloop-prod", "TrainingsFailed")
 
 
-def test_a_failed_training_is_told_to_the_operator(prod: Templates) -> None:
-    rules = prod.training.of_type("Events::Rule").values()
-    (rule,) = (one["Properties"] for one in rules if "sns" in flat(one["Properties"].get("Targets")))
-    assert rule["EventPattern"]["detail"] == {
-        "TrainingJobStatus": ["Failed"],
-        "TrainingJobName": [{"prefix": "labelloop-prod-"}],
-        "FailureReason": [{"anything-but": {"prefix": "CapacityError"}}],
-    }
+@pytest.mark.parametrize(
+    ("status", "more"),
+    [
+        ("Failed", {"FailureReason": [{"anything-but": {"prefix": "CapacityError"}}]}),
+        ("Stopped", {"SecondaryStatus": ["MaxRuntimeExceeded"]}),
+    ],
+)
+def test_a_training_that_came_to_nothing_is_told_to_the_operator(prod: Templates, status: str, more: dict[str, Any]) -> None:
+    rules = [rule["Properties"] for rule in prod.training.of_type("Events::Rule").values()]
+    told = [rule for rule in rules if "sns" in flat(rule.get("Targets"))]
+    (rule,) = (rule for rule in told if rule["EventPattern"]["detail"]["TrainingJobStatus"] == [status])
+    name = [{"prefix": "labelloop-prod-"}]
+    assert rule["EventPattern"]["detail"] == {"TrainingJobStatus": [status], "TrainingJobName": name, **more}
     assert "docs/operations.md#trainings-failed" in flat(rule["Targets"])
 
 

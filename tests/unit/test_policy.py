@@ -102,14 +102,6 @@ def test_the_longer_of_two_waits_counts() -> None:
     assert ask(head, 501).reason.endswith(until(39))
 
 
-def test_what_failed_is_not_repeated_until_there_is_more() -> None:
-    head = Head(model="digits", failure=failure(100))
-    assert not ask(head, 100).train
-    assert "job-1 failed" in ask(head, 100).reason
-    assert ask(head, 101).train
-    assert ask(head, 100, asked=True).train
-
-
 def test_asking_overrides_counts_and_waits_but_needs_annotations() -> None:
     head = Head(model="digits", trained=trained(100, minutes_ago=1), failure=failure(100, minutes_ago=1))
     assert ask(head, 101, asked=True).train
@@ -143,14 +135,12 @@ def test_it_never_trains_beside_a_running_job_or_on_nothing(policy: Retrain, hea
     assert decision.reason
     if decision.train and not asked:
         assert count >= decision.due_at
-    if head.failure and not asked and decision.train:
-        assert count > head.failure.n_annotations
 
 
 @given(policies, heads, counts)
 def test_waiting_long_enough_with_enough_annotations_always_trains(policy: Retrain, head: Head, count: int) -> None:
     decision = ask(head, count, policy=policy)
-    enough = max(decision.due_at, head.failure.n_annotations + 1 if head.failure else 1)
+    enough = max(decision.due_at, 1)
     later = NOW + max(timedelta(minutes=policy.cooldown_minutes), MAX_BACKOFF)
     assert decide(policy, head, enough, later).train is (head.running is None)
 

@@ -242,7 +242,8 @@ def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
     name = loop.look().started
     loop.launcher.end(status, failure)
     outcome = loop.look()
-    assert outcome.started is None, "the same annotations would fail again"
+    assert outcome.started is None
+    assert "waiting after a failed training" in outcome.reason
     head = loop.ledger.head("digits")
     assert (head.running, head.trained) == (None, None)
     assert head.failure is not None
@@ -251,9 +252,10 @@ def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
     assert training is not None
     assert (training.status, training.failure) == (noted, reason)
 
-    loop.annotate(101)
-    assert "waiting after a failed training" in loop.look().reason
     monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
+    same = Outcome(None, f"{name} failed with the same annotations; any change of them allows another try")
+    assert loop.look() == same, "they would fail again"
+    loop.annotate(101)
     assert loop.look().started
     loop.launcher.end("Completed")
     loop.decide()
@@ -262,6 +264,16 @@ def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
     assert head.failure is None
     assert head.trained is not None
     assert head.trained.n_annotations == 101
+
+
+def test_a_corrected_label_allows_another_try(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
+    loop.annotate(100)
+    loop.look()
+    loop.launcher.end("Failed", "why")
+    assert loop.look().started is None
+    loop.label_studio.annotated[0] = examples.annotated_task(1, "9", updated_at="2027-01-01T00:00:00Z")
+    assert loop.look().started
 
 
 def test_where_aws_has_no_machine_the_same_annotations_are_tried_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +317,17 @@ def test_start_training_trains_at_once_when_there_is_anything_new(loop: Loop) ->
     loop.annotate(4)
     assert loop.look(asked=True).started
     assert [job.n_annotations for job, _ in loop.launcher.started] == [3, 4]
+
+
+def test_what_the_gate_had_to_refuse_has_trained_nothing(loop: Loop) -> None:
+    loop.annotate(3)
+    first = loop.look(asked=True).started
+    loop.launcher.end("Completed")
+    loop.look()
+    loop.decide(version=0)
+    again = loop.look(asked=True).started
+    assert again is not None
+    assert again != first
 
 
 def test_a_corrected_label_is_something_new(loop: Loop) -> None:

@@ -222,10 +222,11 @@ class WatchedSageMaker(FakeSageMaker):
             for other, job in self.jobs.items():
                 demand(job.ended, f"{name} starts while {other} runs")
                 given = job.request["HyperParameters"]
-                repeated = given["digest"] == digest and job.status == "Completed"
-                demand(not repeated, f"{name} trains what {other} has trained")
-                decided = job.status != "Completed" or self._ledger.promotion(MODEL, given["job_name"]) is not None
-                demand(decided, f"{name} starts before the gate has decided about {other}")
+                if job.status == "Completed":
+                    decided = self._ledger.promotion(MODEL, given["job_name"])
+                    demand(decided is not None, f"{name} starts before the gate has decided about {other}")
+                    version = decided.version if decided else 0
+                    demand(given["digest"] != digest or version == 0, f"{name} trains what {other} has trained")
             running = self._ledger.head(MODEL).running
             demand(running is not None and running.digest == digest, f"{name} starts without a claim")
         return super().create_training_job(**request)
@@ -639,7 +640,8 @@ class RetrainingMachine(RuleBasedStateMachine):
         same = [training for training in trainings if training.job.digest == snapshot.digest]
         decision = decide(CONFIG.retrain, head, snapshot.n_annotations, Clock.now())
         trained = any(training.status == "completed" for training in same)
-        demand(trained or not decision.train, f"never started: {decision.reason}")
+        failed = head.failure is not None and head.failure.digest == snapshot.digest
+        demand(trained or failed or not decision.train, f"never started: {decision.reason}")
         demand(bool(same) or not rows or self.asked_for != self.edition, "never started, though asked for")
         for training in trainings:
             name = training.job.job_name

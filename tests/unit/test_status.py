@@ -22,6 +22,7 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelFolder
 from labelloop.records import (
     Drift,
+    Failure,
     GateRules,
     Interval,
     LabelsSaved,
@@ -34,6 +35,7 @@ from labelloop.records import (
     ShadowPair,
     Takeover,
     Timing,
+    Training,
 )
 from tests import examples
 
@@ -318,6 +320,19 @@ def test_a_training_that_is_due_by_the_count_alone_says_what_is_left_out(stage: 
     assert "left out       1 of the annotated tasks (2 classes are chosen)" in lines
     stage.label_studio.annotated.append(examples.annotated_task(100, "1"))
     assert "next training  at the next look (101 annotations, due at 100)" in stripped(stage), "nobody looked since"
+
+
+def test_a_training_that_failed_with_as_many_annotations_is_not_said_to_come(stage: Stage) -> None:
+    stage.label_studio.annotated = [examples.annotated_task(number, "1") for number in range(501)]
+    job = examples.job("job-1", 500)
+    job = msgspec.structs.replace(job, snapshot=msgspec.structs.replace(job.snapshot, skipped={"2 classes are chosen": 1}))
+    claimed = stage.ledger.claim(stage.ledger.head("digits"), job)
+    failure = Failure(digest=job.digest, n_annotations=500, job_name="job-1", reason="why", ended_at=NOON, consecutive=1)
+    after = msgspec.structs.replace(claimed, failure=failure)
+    stage.ledger.finish(claimed, after, Training(job=job, status="failed", ended_at=NOON, failure="why"))
+    assert any("job-1 failed with as many annotations" in line for line in stripped(stage))
+    stage.label_studio.annotated.pop()
+    assert "next training  at the next look (500 annotations, due at 100)" in stripped(stage)
 
 
 def test_json_holds_all_of_it(busy: Stage) -> None:

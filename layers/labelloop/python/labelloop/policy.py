@@ -55,8 +55,6 @@ def decide(policy: Retrain, head: Head, n_annotations: int, now: datetime, *, as
         wait = min(timedelta(minutes=doubled), MAX_BACKOFF)
         why = f"AWS had no machine for {head.failure.job_name}" if head.failure.no_machine else "waiting after a failed training"
         earliest.append((datetime.fromisoformat(head.failure.ended_at) + wait, why))
-        if not head.failure.no_machine and n_annotations <= head.failure.n_annotations:
-            return Decision(False, f"{head.failure.job_name} failed; the next annotation allows another try", due)
     for moment, reason in sorted(earliest, reverse=True):
         if now < moment:
             return Decision(False, f"{reason}, until {moment.isoformat(timespec='seconds')}", due)

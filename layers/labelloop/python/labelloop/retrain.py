@@ -200,9 +200,12 @@ class Reconciler:
             left_out = LeftOut(annotated=annotated, usable=snapshot.n_annotations, reasons=reasons)
             return Outcome(None, f"{decision.reason}; left out: {reasons}", left_out=left_out)
         tries = [training for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest]
-        trained = next((one.job.job_name for one in tries if one.status == "completed"), None)
+        trained = next((one.job.job_name for one in tries if self._has_trained(one)), None)
         if trained is not None:  # perhaps not the last: a label may be changed and changed back
             return Outcome(None, f"nothing new: {trained} has trained the same annotations")
+        failure = head.failure
+        if failure and failure.digest == snapshot.digest and not failure.no_machine and not asked:
+            return Outcome(None, f"{failure.job_name} failed with the same annotations; any change of them allows another try")
         self._bucket.upload(artifacts.manifest_key(model, snapshot.digest), manifest)
 
         champion = Champions(self._bucket).read(model)
@@ -219,6 +222,13 @@ class Reconciler:
         self._ledger.claim(head, job)
         self._launcher.start(folder.config, job, champion)
         return Outcome(job.job_name, decision.reason)
+
+    def _has_trained(self, training: Training) -> bool:
+        """Whether it came to a version: the gate refuses an archive that is damaged or missing."""
+        if training.status != "completed":
+            return False
+        promotion = self._ledger.promotion(training.job.snapshot.model, training.job.job_name)
+        return promotion is None or promotion.version > 0
 
     def _decide(self, model: str, head: Head, n_annotations: int, *, asked: bool) -> Decision:
         return decide(self._configs[model].config.retrain, head, n_annotations, datetime.now(UTC), asked=asked)
