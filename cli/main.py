@@ -535,6 +535,9 @@ def upload_images(
     labels_from_folders: Annotated[
         bool, typer.Option("--labels-from-folders", help="The folder directly above a file is its class: annotate it so.")
     ] = False,
+    restore_deleted: Annotated[
+        bool, typer.Option("--restore-deleted", help="Make a new task of images whose task was deleted in Label Studio.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")] = False,
     stage: Stage = "local",
     home: Home = None,
@@ -550,7 +553,14 @@ def upload_images(
 
     folder = ModelConfigs.find()[model]
     sources = gather(paths, folder.config, labels_from_folders=labels_from_folders)
-    report = upload.run(Deployment.find(stage, home), folder, sources, problems if as_json else console, dry_run=dry_run)
+    report = upload.run(
+        Deployment.find(stage, home),
+        folder,
+        sources,
+        problems if as_json else console,
+        dry_run=dry_run,
+        restore_deleted=restore_deleted,
+    )
     if as_json:
         print(msgspec.json.encode(report).decode())
     else:

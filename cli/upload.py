@@ -46,6 +46,7 @@ class Report(msgspec.Struct, kw_only=True):
     """What an upload did, or with `dry_run` would do. Images go by their names in S3, files refused before by their paths.
 
     `copies`: the image with the same content, whose task counts for both. `sent_again`: images that lay there without a task.
+    `deleted`: how many of those there stay without one, because somebody deleted it in Label Studio.
     `already_annotated`: images with a class whose tasks had an annotation, and were left alone.
     """
 
@@ -53,14 +54,26 @@ class Report(msgspec.Struct, kw_only=True):
     uploaded: int = 0
     already_there: int = 0
     sent_again: int = 0
+    deleted: int = 0
     annotated: int = 0
     already_annotated: int = 0
     copies: dict[str, str] = {}
     refused: dict[str, str] = {}
 
 
-def run(deployment: Deployment, folder: ModelFolder, sources: Sources, console: Console, *, dry_run: bool) -> Report:
-    """Upload what is not there, and annotate what somebody has given a class. `console` shows the progress."""
+def run(
+    deployment: Deployment,
+    folder: ModelFolder,
+    sources: Sources,
+    console: Console,
+    *,
+    dry_run: bool,
+    restore_deleted: bool = False,
+) -> Report:
+    """Upload what is not there, and annotate what somebody has given a class. `console` shows the progress.
+
+    Images whose task was deleted in Label Studio stay without one, unless `restore_deleted`.
+    """
     config = folder.config
     project = deployment.ledger.project(config.name)  # without a project the images could become no tasks
     images = sources.images
@@ -83,12 +96,27 @@ def run(deployment: Deployment, folder: ModelFolder, sources: Sources, console: 
     sent = set(uploaded.uploaded)
     before = {name: digest for name, digest in uploaded.content.items() if name not in sent}
     tasks = list(deployment.label_studio.tasks(project, folder.label_config.data_key)) if before else []
+    lost = _without_task(deployment, config.images_prefix, uploaded, before, tasks)
+    deleted = _deleted(deployment, folder, project, {before[name] for name in lost.values()})
+    if not restore_deleted:
+        report.deleted = len(deleted)
+        labels = {digest: classes for digest, classes in labels.items() if digest not in deleted}
     if dry_run:
         done = {task.sha256 for task in tasks if task.annotations}
         report.already_annotated = len(done & set(labels))
         report.annotated = len(labels) - report.already_annotated
         return report
-    report.sent_again = len(_send_lost_again(deployment, config.images_prefix, images, uploaded, before, tasks))
+    if restore_deleted:
+        deployment.ledger.forget_images(config.name, project, deleted)
+    waited = _waited(deployment.images, config.images_prefix) if lost else set()
+    again = [there for there, name in lost.items() if (restore_deleted if before[name] in deleted else there in waited)]
+
+    def send_again(there: str) -> None:
+        """Write it once more: S3 then tells `ingest` of it once more."""
+        deployment.images.put(config.images_prefix + there, images[lost[there]].path.read_bytes())
+
+    _in_parallel(send_again, again, _UPLOADED_AT_ONCE)
+    report.sent_again = len(again)
     if labels:
         with Steps(console, "annotating", len(labels)) as steps:
             annotated = annotate(deployment.label_studio, project, folder, labels, steps.advance)
@@ -108,6 +136,8 @@ def show(report: Report, console: Console) -> None:
         say(f"{len(report.copies):,} files are copies of others: the task of the same content counts for both")
     if report.sent_again:
         say(f"{report.sent_again:,} lay there without a task and were sent to Label Studio again")
+    if report.deleted:
+        say(f"{report.deleted:,} had a task that was deleted in Label Studio; --restore-deleted makes it anew")
     if report.annotated or report.already_annotated:
         say(f"{would}annotated {report.annotated:,}, left alone {report.already_annotated:,} that have an annotation")
     for name, reason in report.refused.items():
@@ -129,22 +159,32 @@ def _labels(images: Mapping[str, Source], uploaded: Uploaded) -> dict[str, tuple
     return {digest: labels for digest, (_, labels) in found.items()}
 
 
-def _send_lost_again(
-    deployment: Deployment,
-    prefix: str,
-    images: Mapping[str, Source],
-    uploaded: Uploaded,
-    before: Mapping[str, str],
-    tasks: list[KnownTask],
-) -> list[str]:
-    """Images that lay in S3 before, content → `before`, and have no task in the project: S3 is made to tell of them again."""
+def _without_task(
+    deployment: Deployment, prefix: str, uploaded: Uploaded, before: Mapping[str, str], tasks: list[KnownTask]
+) -> dict[str, str]:
+    """Images that lay in S3, content → `before`, and have no task in the project: their names there and at hand."""
     known = {task.sha256 for task in tasks} | {task.image for task in tasks}
-    lost = {}
+    found = {}
     for name, digest in before.items():
         there = uploaded.copies.get(name, name)
         if digest not in known and s3_uri(deployment.images.name, prefix + there) not in known:
-            lost[there] = images[name].path.read_bytes
-    return send_again(deployment.images, prefix, lost) if lost else []
+            found[there] = name
+    return found
+
+
+def _deleted(deployment: Deployment, folder: ModelFolder, project: int, lost: set[str]) -> set[str]:
+    """Of images (SHA-256) without a task, those that had one."""
+    had = {digest for digest in lost if deployment.ledger.had_task(folder.config.name, project, digest)}
+    if not had:
+        return set()
+    # Some may have got theirs since the tasks were listed.
+    return had - {task.sha256 for task in deployment.label_studio.tasks(project, folder.label_config.data_key)}
+
+
+def _waited(bucket: Bucket, prefix: str) -> set[str]:
+    """The names of objects that have lain there for so long that `ingest` can no longer be at them."""
+    before = datetime.now(UTC) - _INGEST
+    return {key.removeprefix(prefix) for key, entry in bucket.entries(prefix).items() if entry.last_modified < before}
 
 
 @dataclass
@@ -186,18 +226,6 @@ def upload(
 
     _in_parallel(one, images, _UPLOADED_AT_ONCE)
     return run.result
-
-
-def send_again(bucket: Bucket, prefix: str, images: Mapping[str, Reader]) -> list[str]:
-    """Write again those images, by name, that have lain under `prefix` for a while: S3 then tells `ingest` of them again.
-
-    For images without a task: the project is new, or their event was lost. The names of those written.
-    """
-    entries = bucket.entries(prefix)
-    before = datetime.now(UTC) - _INGEST
-    old = [name for name in images if prefix + name in entries and entries[prefix + name].last_modified < before]
-    _in_parallel(lambda name: bucket.put(prefix + name, images[name]()), old, _UPLOADED_AT_ONCE)
-    return old
 
 
 class _Upload:

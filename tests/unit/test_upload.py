@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cli.image_sources import Source, gather
 from cli.progress import Steps
-from cli.upload import Report, Uploaded, annotate, run, send_again, show, upload
+from cli.upload import Report, Uploaded, annotate, run, show, upload
 from labelloop.artifacts import Bucket, s3_uri
 from labelloop.errors import ConfigError, LabelloopError, LabelStudioError, RequestError
 from labelloop.label_studio.client import KnownTask
@@ -383,14 +383,6 @@ def test_a_dry_run_says_the_same_and_writes_nothing(kept: Bucket) -> None:
     assert versions(kept) == 1
 
 
-def test_only_what_has_lain_there_for_a_while_is_sent_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    send(bucket, {"1.png": examples.png(1)})
-    images = {"1.png": examples.png(1).__bytes__, "not there.png": examples.png(2).__bytes__}
-    assert send_again(bucket, PREFIX, images) == []
-    monkeypatch.setattr("cli.upload._INGEST", timedelta(minutes=-1))
-    assert send_again(bucket, PREFIX, images) == ["1.png"]
-
-
 # Classes become annotations
 
 
@@ -506,10 +498,11 @@ class Upload:
     def __post_init__(self) -> None:
         self.ledger.set_project("digits", 1)
 
-    def run(self, *given: str, dry_run: bool = False, **options: Any) -> Report:
+    def run(self, *given: str, dry_run: bool = False, restore_deleted: bool = False, **options: Any) -> Report:
         deployment = SimpleNamespace(images=self.bucket, ledger=self.ledger, label_studio=self.label_studio)
         sources = gather(given, self.folder.config, **options)
-        return run(cast(Any, deployment), self.folder, sources, QUIET, dry_run=dry_run)
+        what = {"dry_run": dry_run, "restore_deleted": restore_deleted}
+        return run(cast(Any, deployment), self.folder, sources, QUIET, **what)
 
     def tasks_appear(self) -> None:
         """One task a content, as `ingest` makes them."""
@@ -520,6 +513,7 @@ class Upload:
                 known.add(digest)
                 number = len(self.label_studio.tasks_) + 1
                 self.label_studio.tasks_.append(KnownTask(number, s3_uri(self.bucket.name, key), digest, (8, 8), 0))
+                self.ledger.images_done("digits", 1, {digest: s3_uri(self.bucket.name, key)})
 
 
 @pytest.fixture
@@ -573,6 +567,40 @@ def test_images_without_a_task_are_sent_again(command: Upload, monkeypatch: pyte
     assert versions(command.bucket) == 4
     command.tasks_appear()
     assert command.run("set").sent_again == 0
+
+
+def test_an_image_whose_task_was_deleted_stays_without_one_unless_asked_for(command: Upload) -> None:
+    for name, digit in (("set/1/a.png", 1), ("set/2/b.png", 2)):
+        picture(name, digit)
+    command.run("set")
+    command.tasks_appear()
+    deleted = command.label_studio.tasks_.pop()
+    content = deleted.sha256 or ""
+    for dry_run in (True, False):
+        report = command.run("set", labels_from_folders=True, dry_run=dry_run)
+        assert (report.deleted, report.sent_again, report.annotated) == (1, 0, 1)
+    assert command.ledger.had_task("digits", 1, content)
+
+    command.label_studio.later = [dataclasses.replace(deleted, id=9)]
+    report = command.run("set", labels_from_folders=True, restore_deleted=True)
+    assert (report.deleted, report.sent_again, report.annotated) == (0, 1, 1)
+    assert versions(command.bucket) == 3
+    assert not command.ledger.had_task("digits", 1, content), "so that `ingest` takes it for new"
+
+
+def test_what_becomes_a_task_while_others_are_listed_was_not_deleted(command: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture("set/1/a.png", 1)
+    command.run("set")
+    listed = command.label_studio.tasks
+
+    def late(project: int, data_key: str) -> list[KnownTask]:
+        before = listed(project, data_key)
+        command.tasks_appear()
+        return before
+
+    monkeypatch.setattr(command.label_studio, "tasks", late)
+    report = command.run("set", labels_from_folders=True)
+    assert (report.deleted, report.annotated) == (0, 1)
 
 
 def test_without_a_project_nothing_is_uploaded(kept: Bucket, ledger: Ledger, here: Path) -> None:

@@ -178,8 +178,7 @@ class Ledger:
                 raise StorageError(f"the ledger refused a claim: {error}") from error
         except BotoCoreError as error:
             raise StorageError(f"the ledger does not answer: {error}") from error
-        item = self._get(model, _image_record(project, sha256))
-        return ImageClaim("done" if item and item["state"]["S"] == "done" else "busy")
+        return ImageClaim("done" if self.had_task(model, project, sha256) else "busy")
 
     def images_done(self, model: str, project: int, images: dict[str, str]) -> None:
         """Note that images (SHA-256 → address) have their tasks."""
@@ -200,6 +199,11 @@ class Ledger:
                 time.sleep(0.05 * 2**attempt)
             else:
                 raise StorageError("the ledger is throttled; the images will be noted with the next try")
+
+    def had_task(self, model: str, project: int, sha256: str) -> bool:
+        """Whether a task was made of an image, which may have been deleted in Label Studio since."""
+        item = self._get(model, _image_record(project, sha256))
+        return item is not None and item["state"]["S"] == "done"
 
     # Labels that are looked at again
 
