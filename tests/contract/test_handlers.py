@@ -443,14 +443,18 @@ def test_what_nobody_foresaw_is_in_the_log_and_brings_only_its_own_message_again
         def __call__(self, message: Any) -> Prelabelled:
             if message.model == "broken":
                 raise ZeroDivisionError("nobody foresaw it")
+            if message.model == "removed":
+                raise UnknownModelError("there is no model 'removed'")
             return Prelabelled()
 
     handler = examples.load_handler(function)
     monkeypatch.setattr(handler, worker, Worker)
     monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
-    bodies = ({"model": "digits", **message}, {"model": "broken", **message}, "no json", {"model": "digits", **message})
-    assert failures(handler.handler(sqs_event(*bodies), LambdaContext())) == ["m1", "m2"]
-    errors = [line for line in map(json.loads, capsys.readouterr().out.splitlines()) if line.get("level") == "ERROR"]
+    broken, removed, digits = ({"model": model, **message} for model in ("broken", "removed", "digits"))
+    assert failures(handler.handler(sqs_event(digits, broken, "no json", removed, digits), LambdaContext())) == ["m1", "m2"]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    errors = [line for line in lines if line.get("level") == "ERROR"]
+    assert [line["model"] for line in lines if line.get("message") == "refused"] == ["removed"]
     assert [(line["message"], line["model"], line["message_id"]) for line in errors] == [
         ("failed", "broken", "m1"),
         ("failed", None, "m2"),

@@ -569,6 +569,27 @@ def test_a_killed_upload_goes_on_and_every_image_is_a_task_once(project: Project
     upload_killed_and_again(project, tmp_path, good, bad)
 
 
+def test_a_deleted_task_comes_back_only_when_asked_for(project: Project, tmp_path: Path) -> None:
+    image = examples.png(5, salt=77)
+    (tmp_path / "deleted.png").write_bytes(image)
+    words = ("upload-images", MODEL, str(tmp_path / "deleted.png"), "--json")
+    address = s3_uri(project.deployment.images.name, project.folder.config.images_prefix + "deleted.png")
+    ledger, content = project.deployment.ledger, examples.sha256(image)
+
+    def task() -> int | None:
+        return next((known.id for known in project.label_studio.tasks(project.number, "image") if known.image == address), None)
+
+    labelloop(project, *words)
+    first = wait_for(task, 60, "the image is a task")
+    wait_for(lambda: ledger.had_task(MODEL, project.number, content) or None, 60, "ingest has noted it")
+    project.label_studio.delete_task(first)
+    left = json.loads(labelloop(project, *words).stdout)
+    assert (left["deleted"], left["sent_again"]) == (1, 0)
+    back = json.loads(labelloop(project, *words, "--restore-deleted").stdout)
+    assert (back["deleted"], back["sent_again"]) == (0, 1)
+    wait_for(task, 60, "the image is a task again")
+
+
 @pytest.mark.slow
 def test_two_thousand_images_with_twenty_broken_ones(
     project: Project, tmp_path: Path, record_property: Callable[[str, object], None]

@@ -107,6 +107,25 @@ def test_a_new_version_has_all_unlabelled_tasks_predicted(
     assert label_studio.asked.index("rename_backend") < label_studio.asked.index("unlabelled_ids")
 
 
+def test_a_rollback_that_comes_while_the_title_is_written_is_not_undone(
+    champions: Champions, ledger: Ledger, label_studio: LabelStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labelloop.refresh.time.sleep", lambda _: None)
+    champions.swap(examples.champion(2), tag=None)
+    rename = label_studio.rename_backend
+
+    def slow(*given: Any) -> None:
+        champion, tag = champions.read_tagged("digits")
+        if champion and champion.version == 2:
+            champions.swap(examples.champion(1), tag=tag)
+        rename(*given)
+
+    monkeypatch.setattr(label_studio, "rename_backend", slow)
+    label_studio.unlabelled = [1]
+    assert refreshed(champions, ledger, label_studio, 2, Queue()) == Refreshed("digits v1", 0, 0)
+    assert label_studio.backends_[0]["title"] == "digits v1"
+
+
 def test_nothing_is_predicted_twice_because_something_else_failed(
     champions: Champions, ledger: Ledger, label_studio: LabelStudio, monkeypatch: pytest.MonkeyPatch
 ) -> None:

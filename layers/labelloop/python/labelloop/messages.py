@@ -20,7 +20,7 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
-from labelloop.errors import LabelloopError, ServiceError
+from labelloop.errors import LabelloopError, ServiceError, UnknownModelError
 from labelloop.log import Log
 from labelloop.records import PromoteSignal, Promotion, TaskRange, VersionJudged
 
@@ -138,7 +138,8 @@ def work_off[Message: PromoteSignal | VersionJudged | TaskRange](
 ) -> dict[str, Any]:
     """Take each message of a queue's batch; the answer to Lambda, by which those that failed, and no others, come again.
 
-    The log says of each why: in words where it is an error of ours to expect, else with the traceback.
+    The log says of each why: in words where it is an error of ours to expect, else with the traceback. What belongs to a model
+    that there is no more is dropped.
     """
     failed: list[str] = []
     for record in event["Records"]:
@@ -147,6 +148,8 @@ def work_off[Message: PromoteSignal | VersionJudged | TaskRange](
             message = msgspec.json.decode(record["body"], type=kind)
             model = message.model
             take(message)
+        except UnknownModelError as error:
+            log.warning("refused", model=model, reason=str(error))
         except LabelloopError as error:
             log.error("comes again", model=model, reason=str(error), error=type(error).__name__)
             failed.append(record["messageId"])

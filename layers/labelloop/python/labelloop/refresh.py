@@ -50,9 +50,8 @@ class Refresher:
         the event of the version that serves, or runs in shadow, has the tasks predicted: any other was kept, or its successor's
         event comes.
         """
-        champion = self._champions.read(judged.model)
         project = self._ledger.project(judged.model)
-        title = self._rename(project, judged.model, champion)
+        champion, title = self._rename(project, judged.model)
         cases = self._offer_suspects(project, judged)
         ranges = 0
         running = shadow.running(self._ledger.promotions(judged.model).values(), champion)
@@ -68,14 +67,15 @@ class Refresher:
         folder = self._configs[judged.model]
         return review.offer(folder, project, judged.version, suspects, self._ledger, self._label_studio)
 
-    def _rename(self, project: int, model: str, champion: Champion | None) -> str:
-        """Make the backend's title the version that serves; the title.
+    def _rename(self, project: int, model: str) -> tuple[Champion | None, str]:
+        """Make the backend's title the version that serves; both of them.
 
         Label Studio writes a backend back whole whenever somebody looks at it, so a title can be lost to one who looked just
-        before: what was written is read again.
+        before, and the pointer may move meanwhile: after what was written both are read again.
         """
-        title = version_string(model, champion.version if champion else None)
         for attempt in range(_ATTEMPTS):
+            champion = self._champions.read(model)
+            title = version_string(model, champion.version if champion else None)
             ours = [b for b in self._label_studio.backends(project) if str(b["url"]).rstrip("/").endswith(f"/{model}")]
             if not ours:
                 raise NotSetUpError(
@@ -83,7 +83,7 @@ class Refresher:
                 )
             stale = [backend for backend in ours if backend["title"] != title]
             if not stale:
-                return title
+                return champion, title
             for backend in stale:
                 self._label_studio.rename_backend(backend, title, self._password_of(model) or "")
             time.sleep(random.uniform(0.2, 0.6) * (attempt + 1))
