@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
+import msgspec
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from labelloop.artifacts import Bucket
 from labelloop.ledger import Ledger
+from labelloop.records import Record
 from local import emulator, processes
 from local.environment import LOOPBACK, aws_environment, clean_environment
 from local.toolchain import find_uv
@@ -34,6 +36,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in [name for name in os.environ if name.startswith(("AWS_", "LABELLOOP_")) and name != "LABELLOOP_CACHE"]:
     del os.environ[_name]
 os.environ.update(aws_environment(f"http://{LOOPBACK}:9"))
+
+
+# msgspec crashes where two threads meet a type for the first time; functions read records in one thread, some tests in eight.
+for _kind in Record.__subclasses__():
+    msgspec.json.Decoder(_kind)
 
 
 class ByStack(LoadScopeScheduling):  # type: ignore[misc]  # it comes without types
