@@ -368,6 +368,18 @@ def test_a_damaged_archive_is_kept_from_serving_and_said_so(gate: Gate, archive:
     assert gate.announced == [decided]
 
 
+def test_a_registry_that_counts_anew_replaces_no_version(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.decide()
+    before = gate.champion
+    gate.train(examples.evaluation(1, 0.95, job_name="job-2", onnx_file=b"another"), b"another")
+    decided = gate.decide("job-2")
+    assert (decided.verdict, decided.version) == ("keep", 0)
+    assert f"as it did {JOB}'s model" in decided.reason
+    assert gate.champion == before
+    assert gate.bucket.get(artifacts.onnx_key("digits", 1)) == b"onnx"
+
+
 def test_of_two_promotions_at_once_one_wins_and_the_other_decides_again(gate: Gate) -> None:
     gate.train(examples.evaluation(1, 0.9))
     gate.decide()

@@ -188,9 +188,20 @@ class Promoter:
         try:
             onnx, evaluation = unpack(archive)
             _check_owner(evaluation, model, job_name)
+            self._check_number(evaluation)
         except ModelError as error:
             return _refusal(model, job_name, str(error))
         return self._take(onnx, evaluation)
+
+    def _check_number(self, evaluation: Evaluation) -> None:
+        """The registry numbers versions, and one that was set up anew begins with 1 again."""
+        version = evaluation.challenger.version
+        known = self._champions.evaluation(evaluation.model, version)
+        if known is not None and known.onnx_sha256 != evaluation.onnx_sha256:
+            raise ModelError(
+                f"MLflow calls it version {version}, as it did {known.job_name}'s model; its registry must count on from the "
+                "versions that there are: docs/stages.md#from-the-app-to-a-server"
+            )
 
     def _take(self, onnx: bytes, evaluation: Evaluation) -> Promotion:
         """Judge a version and, when it won, let it serve."""
