@@ -34,6 +34,7 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
         (["retrain", "digits", "--wait"], 2, "labelloop up"),
         (["promote", "digits", "2"], 2, "Missing option '--reason'"),
         (["rotate-secrets", "digits"], 2, "labelloop up"),
+        (["rotate-secrets", "digits", "--stage", "dev"], 2, "AWS is not configured"),
         (["redrive"], 2, "labelloop up"),
         (["erase", "digits"], 2, "Missing option '--image'"),
         (["erase", "digits", "--image", "a.png"], 2, "labelloop up"),
