@@ -55,6 +55,26 @@ def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "home", "said"),
+    [
+        (["status"], "notes.txt", "no stack can be kept there"),
+        (["up"], "notes.txt", "no stack can be kept there"),
+        (["up"], "notes.txt/below", "no stack can be kept there"),
+        (["down"], "notes.txt", "no stack can be kept there"),
+        (["down", "--erase"], "thesis", "holds no stack"),
+    ],
+)
+def test_a_home_of_something_else_is_a_mistake(tmp_path: Path, words: list[str], home: str, said: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    done = labelloop(*words, "--home", str(tmp_path / home), folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"error: {tmp_path / home}: --home: {said}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", ["up", "check"])
 def test_an_empty_folder_of_models_says_how_to_make_one(tmp_path: Path, command: str) -> None:
     done = labelloop(command, folder=tmp_path, LABELLOOP_MODEL_CONFIGS=str(tmp_path))
