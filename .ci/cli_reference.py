@@ -22,7 +22,7 @@ Completion: `labelloop --install-completion` writes it for the shell that runs (
 | 0 | done; of `retrain --wait`: the gate has decided, whatever it decided, or nothing was new |
 | 2 | something you can mend, and the message says how: a wrong option, config or secret, a stage that is not deployed |
 | 2 | what was asked about is not so: `check` or `setup-label-studio-project --check` found something, `lineage --rebuild` has \
-another digest, `upload-images` refused a file, nobody said yes to `erase` |
+another digest, `upload-images` refused a file, `erase` found none of the images, or nobody said yes to it |
 | 3 | a service failed (AWS, Label Studio, MLflow, a part of the laptop's stack), a training did, or a wait was over |
 | 130 | interrupted; the command may be run again |
 

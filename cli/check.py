@@ -5,8 +5,10 @@ What is read, built and asked is what deploying and training read, build and ask
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -237,16 +239,20 @@ class _OneModel(ModelConfigs):
 
 
 def _network_problems(folder: ModelFolder) -> Iterator[ConfigError]:
-    """Builds the network without its weights, and tries it and the augmentation on images of noise."""
+    """Builds the network without its weights, and tries it and the augmentation on images of noise.
+
+    What model.py prints goes to standard error: of facts in JSON it is no part.
+    """
     from training_jobs import network
 
     file, config = str(folder.folder / "model.py"), folder.config
     try:
-        built, augment = network.untrained(folder)
-        if config.problem_type == "detection":
-            _try_detector(config, built, augment, file)
-        else:
-            _try_classifier(config, built, augment, file)
+        with contextlib.redirect_stdout(sys.stderr):
+            built, augment = network.untrained(folder)
+            if config.problem_type == "detection":
+                _try_detector(config, built, augment, file)
+            else:
+                _try_classifier(config, built, augment, file)
     except ConfigError as error:
         yield ConfigError(str(folder.folder / Path(error.where).name), Problem.of(error).message, error.key)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a person's own code may raise anything

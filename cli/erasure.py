@@ -78,12 +78,14 @@ class Plan:
 class Erased:
     """What was erased. `records`: of the ledger, `files`: manifests, reports and archives in S3 and MLflow that named images.
 
-    `left`: where something remains that the command does not reach. `serving`: the champion where it learnt from an image.
-    `without`: the newest version that did not. `trials`: jobs of `labelloop train` on a snapshot with an image.
+    `unknown`: what was asked for and is nowhere. `left`: where something remains that the command does not reach. `serving`: the
+    champion where it learnt from an image. `without`: the newest version that did not. `trials`: jobs of `labelloop train` on a
+    snapshot with an image.
     """
 
     model: str
     images: list[Found]
+    unknown: list[str]
     objects: int = 0
     tasks: int = 0
     records: int = 0
@@ -138,24 +140,22 @@ class Eraser:
     def _find(self, image: str) -> bool:
         """Whether anything is known of an image; what, is noted."""
         if _SHA256.fullmatch(image):
-            hashes, keys = {image}, set[str]()
+            hashes, asked = {image}, set[str]()
         else:
             key = self._key(image)
             address = s3_uri(self._deployment.images.name, key)
-            keys = {key}
+            asked = {key}
             hashes = {task.sha256 for task in self._tasks if task.image == address and task.sha256}
             hashes |= {row.sha256 for row in self._all_rows if row.image == address}
-            self._keys |= keys
-        for sha256 in hashes:
-            keys |= set(self._keys_of(sha256))
+            hashes |= {content.sha256 for content in self._lying(key)}
+            self._keys |= asked
+        keys = asked.union(*(self._keys_of(sha256) for sha256 in hashes))
         contents = {content.sha256: content for key in sorted(keys) for content in self._lying(key)}
-        ours = hashes if _SHA256.fullmatch(image) else hashes | {c.sha256 for key in self._keys & keys for c in self._lying(key)}
-        before = len(self._contents)
         known = {task.sha256 for task in self._tasks} | {row.sha256 for row in self._all_rows if row.erased_at is None}
-        for sha256 in sorted(ours):
-            if sha256 in contents or sha256 in known:
-                self._contents[sha256] = contents.get(sha256) or _Content(sha256, None, None)
-        return len(self._contents) > before or any(one.key in self._keys for one in self._objects)
+        found = hashes & (known | contents.keys() | self._contents.keys())
+        for sha256 in sorted(found):
+            self._contents[sha256] = contents.get(sha256) or self._contents.get(sha256) or _Content(sha256, None, None)
+        return bool(found) or any(one.key in asked for one in self._objects)
 
     def _key(self, image: str) -> str:
         if not image.startswith("s3://"):
@@ -266,11 +266,11 @@ class Eraser:
     def erase(self, plan: Plan, by: str, reason: str) -> Erased:
         """Carry out a plan of this eraser, and finish what was interrupted before.
 
-        Raises `ConflictError` while a training runs, which would write the image down anew; `ServiceError`. After either, the
-        same call goes on.
+        Raises `RequestError` when there is nothing to do; `ConflictError` while a training runs, which would write the image down
+        anew; `ServiceError`. After either of these, the same call goes on.
         """
         self._demand_that_nothing_trains()
-        outcome = Erased(self._model, plan.images)
+        outcome = Erased(self._model, plan.images, plan.unknown)
         waiting = list(self._unfinished)
         begun = {image.sha256 for erasure in waiting for image in erasure.images}
         uses = {found.sha256: [use.version for use in found.uses] for found in plan.images}
@@ -283,8 +283,13 @@ class Eraser:
             waiting.append(Erasure(model=self._model, at=now(), by=by, reason=reason, images=images))
         if waiting:
             self._deployment.ledger.record_erasure(waiting[-1])
-        elif self._keys:  # markers are left of an image that has gone otherwise
-            outcome.objects += self._delete(self._deployment.images.name, [one for one in self._objects if one.key in self._keys])
+        elif markers := [one for one in self._objects if one.key in self._keys]:  # of an image that has gone otherwise
+            outcome.objects += self._delete(self._deployment.images.name, markers)
+        else:
+            raise RequestError(
+                f"{self._model} has nothing of {', '.join(plan.unknown)}; an image goes by its s3:// address, its name below "
+                f"{self._prefix}, or its SHA-256"
+            )
         for erasure in waiting:
             self._carry_out(erasure, outcome)
         if waiting:
@@ -590,9 +595,6 @@ def _used(uses: Sequence[Use]) -> str:
 
 def show(erased: Erased, console: Console) -> None:
     """What was erased, what was not, and what follows for the versions."""
-    if not (erased.images or erased.objects or erased.tasks or erased.records or erased.files or erased.left):
-        _line(console, "nothing is left to erase")
-        return
     _line(
         console,
         f"erased: {erased.objects} versions in S3, {erased.tasks} tasks with annotations and predictions, "

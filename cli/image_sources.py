@@ -38,10 +38,11 @@ class Source:
 
 @dataclass
 class Sources:
-    """The files to upload by name, and those that cannot be by path, with the reason."""
+    """The files to upload by name, and those that cannot be by path, with the reason. `notes`: what may not have been meant."""
 
     images: dict[str, Source] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, source: Source, prefix: str) -> None:
         """Take a file in, or refuse it. A file given twice counts once."""
@@ -151,7 +152,7 @@ def _table(table: Path, config: ModelConfig, found: Sources) -> list[Source]:
     """The rows of a CSV file. Raises `ConfigError` when it is no such table, or names a class that the model has not."""
     sources: list[Source] = []
     unknown: list[str] = []
-    for number, row in _rows(table):
+    for number, row in _rows(table, found):
         cell = (row[IMAGE] or "").strip()
         name = PurePosixPath(cell)
         if None in row:  # cells beyond the header
@@ -182,7 +183,7 @@ def _table(table: Path, config: ModelConfig, found: Sources) -> list[Source]:
     return sources
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str | None, Any]]]:
+def _rows(table: Path, found: Sources) -> Iterator[tuple[int, dict[str | None, Any]]]:
     """A CSV file's rows with their line numbers."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
@@ -196,6 +197,11 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str | None, Any]]]:
             near = [column for column in columns if column.strip().lower() in (LABEL, f"{LABEL}s")]
             if near and LABEL not in columns:
                 raise ConfigError(table, f"has no column {LABEL!r}, did you mean {near[0]!r}? Rename it, or remove it")
+            others = [column for column in columns if column.strip() and column != IMAGE]
+            if others and LABEL not in columns:
+                found.notes.append(
+                    f"{table} annotates nothing: beside {IMAGE!r} it has no column {LABEL!r}, but: {', '.join(others)}"
+                )
             for row in reader:
                 yield reader.line_num, row
     except OSError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -343,8 +343,12 @@ class Lineage:
 
     def _group_in_snapshots(self, sha256: str) -> str | None:
         """The group of an image whose task is gone."""
-        rows = (row for promotion in self._promotions for row in self._rows(self._training(promotion).job.snapshot))
-        return next((row.group for row in rows if row.sha256 == sha256), None)
+        return next((row.group for row in self._all_rows if row.sha256 == sha256), None)
+
+    @property
+    def _all_rows(self) -> Iterator[ManifestRow]:
+        """Of the snapshots of all versions, the earliest first."""
+        return (row for promotion in self._promotions for row in self._rows(self._training(promotion).job.snapshot))
 
     @cached_property
     def _tasks(self) -> list[KnownTask]:
@@ -396,9 +400,11 @@ class Lineage:
             content = self._deployment.images.get(key)
             if content is not None:
                 return hashlib.sha256(content).hexdigest()
-        known = {task.image: task.sha256 for task in self._tasks if task.sha256}
+        known = {row.image: row.sha256 for row in self._all_rows} | {
+            task.image: task.sha256 for task in self._tasks if task.sha256
+        }
         if image not in known:
-            raise RequestError(f"nothing lies at {image}, and no task of {self._model} shows it")
+            raise RequestError(f"nothing lies at {image}, and no task and no snapshot of {self._model} has it")
         return known[image]
 
     def _manifest(self, snapshot: Snapshot) -> bytes:

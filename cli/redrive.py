@@ -46,11 +46,12 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class DeadLetters:
-    """What one dead-letter queue holds of what was asked for. `moved`: into the queue, of them."""
+    """What one dead-letter queue holds of what was asked for. `moved`: into the queue, of them. `others`: about other models."""
 
     queue: QueueName
     messages: list[DeadLetter] = field(default_factory=list)
     moved: int = 0
+    others: int = 0
 
 
 def look(deployment: Deployment, queues: Sequence[QueueName], model: str | None) -> list[DeadLetters]:
@@ -59,15 +60,21 @@ def look(deployment: Deployment, queues: Sequence[QueueName], model: str | None)
 
 
 def redrive(deployment: Deployment, queues: Sequence[QueueName], model: str | None) -> list[DeadLetters]:
-    """Put the messages back into their queues. Raises as `look` does; what was not moved then still lies there."""
-    return [_Queue(deployment, queue).redrive(model) for queue in queues]
+    """Put the messages back into their queues. Raises as `look` does, with what was moved; the rest then still lies there."""
+    asked = [_Queue(deployment, queue) for queue in queues]
+    try:
+        return [queue.redrive(model) for queue in asked]
+    except ServiceError as error:
+        before = ", ".join(f"{len(queue.moved):,} in {queue.name}" for queue in asked if queue.moved)
+        raise ServiceError(f"{error}; messages put back before that: {before or 'none'}") from error
 
 
 class _Queue:
     """A queue with its dead letters."""
 
     def __init__(self, deployment: Deployment, name: QueueName) -> None:
-        self._name: QueueName = name
+        self.name: QueueName = name
+        self.moved: list[dict[str, Any]] = []
         key = f"{name.capitalize()}Queue"
         self._url, self._dead = deployment.outputs[key], deployment.outputs[f"{key}DeadLetters"]
         self._sqs: Any = boto3.client("sqs")
@@ -80,19 +87,19 @@ class _Queue:
                     received += batch
             finally:
                 self._release(received)
-        return DeadLetters(self._name, _oldest_first(_letter(message) for message in received if _is_about(message, model)))
+        ours = [message for message in received if _is_about(message, model)]
+        return DeadLetters(self.name, _oldest_first(ours), others=len(received) - len(ours))
 
     def redrive(self, model: str | None) -> DeadLetters:
-        moved: list[dict[str, Any]] = []
         held: list[dict[str, Any]] = []
         with self._errors():
             try:
                 for batch in self._received():
                     held += batch
-                    moved += self._move([message for message in batch if _is_about(message, model)])
+                    self._move([message for message in batch if _is_about(message, model)])
             finally:
-                self._release([message for message in held if message not in moved])
-        return DeadLetters(self._name, _oldest_first(map(_letter, moved)), len(moved))
+                self._release([message for message in held if message not in self.moved])
+        return DeadLetters(self.name, _oldest_first(self.moved), len(self.moved), len(held) - len(self.moved))
 
     def _received(self) -> Iterator[list[dict[str, Any]]]:
         """Batches of the dead letters, each message once, until there are no more."""
@@ -110,9 +117,9 @@ class _Queue:
             count += len(batch)
             yield batch
 
-    def _move(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _move(self, messages: list[dict[str, Any]]) -> None:
         if not messages:
-            return []
+            return
         by_id = {str(number): message for number, message in enumerate(messages)}
         entries = [{"Id": number, "MessageBody": message["Body"]} for number, message in by_id.items()]
         sent = self._sqs.send_message_batch(QueueUrl=self._url, Entries=entries)
@@ -120,10 +127,10 @@ class _Queue:
         if arrived:
             entries = [{"Id": str(at), "ReceiptHandle": one["ReceiptHandle"]} for at, one in enumerate(arrived)]
             self._sqs.delete_message_batch(QueueUrl=self._dead, Entries=entries)
+            self.moved += arrived
         if sent.get("Failed"):
             said = sent["Failed"][0].get("Message") or sent["Failed"][0].get("Code")
-            raise ServiceError(f"SQS did not take {len(sent['Failed'])} messages for the queue {self._name}: {said}")
-        return arrived
+            raise ServiceError(f"SQS did not take {len(sent['Failed'])} messages for the queue {self.name}: {said}")
 
     def _release(self, messages: list[dict[str, Any]]) -> None:
         """Let others see them again at once."""
@@ -138,7 +145,7 @@ class _Queue:
             yield
         except ClientError as error:
             raise ServiceError(
-                f"SQS refused at the queue {self._name}: {error.response['Error'].get('Message', error)}"
+                f"SQS refused at the queue {self.name}: {error.response['Error'].get('Message', error)}"
             ) from error
         except BotoCoreError as error:
             raise ServiceError(f"SQS does not answer: {error}") from error
@@ -173,8 +180,8 @@ def _model(body: str) -> str | None:
     return None
 
 
-def _oldest_first(letters: Iterable[DeadLetter]) -> list[DeadLetter]:
-    return sorted(letters, key=lambda letter: -letter.age)
+def _oldest_first(messages: Iterable[dict[str, Any]]) -> list[DeadLetter]:
+    return sorted(map(_letter, messages), key=lambda letter: -letter.age)
 
 
 def parse_queue(name: str) -> QueueName:
@@ -187,7 +194,7 @@ def parse_queue(name: str) -> QueueName:
 def show_list(found: Sequence[DeadLetters], console: Console) -> None:
     """What lies there, the oldest first."""
     if not any(queue.messages for queue in found):
-        console.print("nothing lies in the dead-letter queues", highlight=False, soft_wrap=True)
+        _say_nothing(found, console)
         return
     table = Table(box=None, pad_edge=False)
     for column in ("queue", "count", "age", "message"):
@@ -209,7 +216,17 @@ def show_moved(moved: Sequence[DeadLetters], console: Console) -> None:
             messages = "message is" if queue.moved == 1 else "messages are"
             console.print(f"{queue.moved:,} {messages} in the queue {queue.queue} again", highlight=False, soft_wrap=True)
     if not any(queue.moved for queue in moved):
-        console.print("nothing lies in the dead-letter queues", highlight=False, soft_wrap=True)
+        _say_nothing(moved, console)
+
+
+def _say_nothing(found: Sequence[DeadLetters], console: Console) -> None:
+    others = ", ".join(f"{queue.others:,} in {queue.queue}" for queue in found if queue.others)
+    what = (
+        f"only messages about other models lie in the dead-letter queues: {others}"
+        if others
+        else "nothing lies in the dead-letter queues"
+    )
+    console.print(what, highlight=False, soft_wrap=True)
 
 
 def _shortened(body: str) -> str:

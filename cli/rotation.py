@@ -51,8 +51,8 @@ class Rotated:
 def rotate(deployment: Deployment, folder: ModelFolder, report: Callable[[str], None]) -> Rotated:
     """Change the password of a model's backend, at the API and in Label Studio; `report` hears of each step.
 
-    Raises `NotSetUpError` when there is no such secret, `ConflictError` when another rotation is under way, `ConfigError`,
-    `ServiceError`. After any of them the same call goes on where it stopped.
+    Raises `NotSetUpError` when there is no such stage or secret, `SettingsError` when AWS is not configured, `ConflictError` when
+    another rotation is under way, `ConfigError`, `ServiceError`. After any of them the same call goes on where it stopped.
     """
     return _Rotation(deployment, folder, report).run()
 
@@ -62,6 +62,8 @@ class _Rotation:
         self._deployment, self._folder, self._report = deployment, folder, report
         self._model = folder.config.name
         self._name = deployment.backend_secret(self._model)
+        outputs = deployment.outputs  # before any client: it says what is wrong with AWS's configuration
+        self._api = {"restApiId": outputs["ApiId"], "stageName": outputs["ApiUrl"].rstrip("/").rpartition("/")[2]}
         self._client: Any = boto3.client("secretsmanager")
         self._gateway: Any = boto3.client("apigateway")
         self._secret, self._version = self._read()
@@ -171,9 +173,8 @@ class _Rotation:
 
     def _flush(self) -> None:
         """Let API Gateway forget what it has let in: it keeps that for an hour."""
-        stage = self._deployment.outputs["ApiUrl"].rstrip("/").rpartition("/")[2]
         try:
-            self._gateway.flush_stage_authorizers_cache(restApiId=self._deployment.outputs["ApiId"], stageName=stage)
+            self._gateway.flush_stage_authorizers_cache(**self._api)
         except (ClientError, BotoCoreError) as error:
             raise ServiceError(f"API Gateway does not forget the old password: {error}") from error
 

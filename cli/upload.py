@@ -47,7 +47,8 @@ class Report(msgspec.Struct, kw_only=True):
 
     `copies`: the image with the same content, whose task counts for both. `sent_again`: images that lay there without a task.
     `deleted`: how many of those there stay without one, because somebody deleted it in Label Studio.
-    `already_annotated`: images with a class whose tasks had an annotation, and were left alone.
+    `already_annotated`: images with a class whose tasks had an annotation, and were left alone. `notes`: what may not have been
+    meant.
     """
 
     dry_run: bool
@@ -59,6 +60,7 @@ class Report(msgspec.Struct, kw_only=True):
     already_annotated: int = 0
     copies: dict[str, str] = {}
     refused: dict[str, str] = {}
+    notes: list[str] = []
 
 
 def run(
@@ -92,6 +94,7 @@ def run(
         already_there=len(uploaded.there),
         copies=uploaded.copies,
         refused={**sources.refused, **uploaded.refused},
+        notes=sources.notes,
     )
     sent = set(uploaded.uploaded)
     before = {name: digest for name, digest in uploaded.content.items() if name not in sent}
@@ -142,6 +145,8 @@ def show(report: Report, console: Console) -> None:
         say(f"{would}annotated {report.annotated:,}, left alone {report.already_annotated:,} that have an annotation")
     for name, reason in report.refused.items():
         say(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}")
+    for note in report.notes:
+        say(f"[yellow]note[/yellow] {escape(note)}")
 
 
 def _labels(images: Mapping[str, Source], uploaded: Uploaded) -> dict[str, tuple[str, ...]]:

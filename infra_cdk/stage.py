@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,12 +34,13 @@ _OURS = re.compile(r"[a-z_]+")  # the CDK's own values have colons, hyphens or s
 class Stage:
     """What stages.yaml, or for a laptop `-c`, says of a deployment. Raises `ConfigError` when models do not fit it.
 
-    `sagemaker_endpoint`: only on a laptop.
+    `file`: the stages.yaml that was read. `sagemaker_endpoint`: only on a laptop.
     """
 
     name: str
     models: ModelConfigs
     facts: StageFacts
+    file: Path = STAGES
     sagemaker_endpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -64,13 +66,14 @@ class Stage:
                 raise ConfigError(_CONTEXT, f"there is no such value; {hint}", key)
         given = {key: str(context[key]) for key in _KNOWN if context.get(key) not in (None, "")}
         name = given.get("stage", "dev")
-        facts = read_facts(name, ROOT / given.get("stages", STAGES))
+        file = ROOT / given.get("stages", STAGES)
+        facts = read_facts(name, file)
         models = ModelConfigs(ROOT / given.get("model_configs", "model_configs"))
         addresses = {key: given[key].rstrip("/") for key in _ADDRESSES if key in given}
         if name != LOCAL:
             for key in addresses:
                 raise ConfigError(_CONTEXT, f"is the laptop's, the stage {LOCAL!r}; of other stages stages.yaml tells", key)
-            return cls(name=name, models=models, facts=facts)
+            return cls(name=name, models=models, facts=facts, file=file)
         for key in _ADDRESSES:
             if key not in addresses:
                 raise ConfigError(_CONTEXT, f"the stage {LOCAL!r} needs it; pass it with -c {key}=URL", key)

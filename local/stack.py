@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
-from labelloop.errors import LocalServiceError
+from labelloop.errors import ConfigError, LocalServiceError
 from local import emulator
 from local.deploy import Deployment
 from local.environment import LOOPBACK, REGION, aws_client, aws_environment, clean_environment
@@ -102,7 +102,8 @@ class _Pending:
 class LaptopStack:
     """One stack, kept in the folder `home`. `report(part, text)` is told what happens.
 
-    Every method that fails raises `LocalServiceError`, which names the part and its log.
+    Every method that fails raises `LocalServiceError`, which names the part and its log, or `ConfigError` for a `home` that no
+    stack can be, or is, kept in.
     """
 
     def __init__(self, home: Path, *, model_configs: Path, report: Callable[[str, str], None]) -> None:
@@ -141,10 +142,11 @@ class LaptopStack:
 
     def erase(self) -> None:
         """Stop everything and delete the folder. Refuses a folder that no stack was kept in."""
+        record = _read(self.home)
         if not self.home.exists():
             return
-        if _read(self.home) is None and any(file != self._lock for file in self.home.iterdir()):
-            raise LocalServiceError("laptop", f"{self.home} holds no stack: delete it by hand if it is to go")
+        if record is None and any(file != self._lock for file in self.home.iterdir()):
+            raise ConfigError(self.home, "holds no stack; delete it by hand if it is to go", "--home")
         with self._alone():  # an `up` that has recorded nothing yet holds it, too
             self._stop_all()
             shutil.rmtree(self.home)
@@ -351,8 +353,12 @@ class LaptopStack:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the folder, so that two commands never start or stop the same stack at once."""
-        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._lock.open("w") as lock:
+        try:
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = self._lock.open("w")
+        except OSError as error:
+            raise _unusable(self.home, error) from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -375,8 +381,15 @@ def _read(home: Path) -> _Record | None:
         return msgspec.json.decode(_file(home).read_bytes(), type=_Record)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unusable(home, error) from error
     except msgspec.DecodeError as error:
         raise LocalServiceError("laptop", f"{_file(home)} is damaged: {error}") from error
+
+
+def _unusable(home: Path, error: OSError) -> ConfigError:
+    """Of a file, or a folder that is closed to the user."""
+    return ConfigError(home, f"no stack can be kept there: {error.strerror}; name another folder", "--home")
 
 
 def _url(record: _Record, part: str) -> str:

@@ -17,7 +17,7 @@ from infra_cdk.constructs.secrets import allow_reading_mlflow_secret
 from infra_cdk.nag import acknowledge_wildcard
 from infra_cdk.sources import LIBRARY, TRAINING_JOBS, assembled
 from infra_cdk.stage import Stage
-from infra_cdk.stage_facts import STAGES, Network
+from infra_cdk.stage_facts import Network
 from labelloop.artifacts import parse_s3_uri
 from labelloop.errors import ConfigError
 
@@ -113,7 +113,9 @@ class TrainingJobs(Construct):
         account = registry_account(stack)
         if account is None:
             raise ConfigError(
-                STAGES, f"training jobs find no PyTorch container of AWS in {stack.region}", f"{self._stage.name}.region"
+                self._stage.file,
+                f"training jobs find no PyTorch container of AWS in {stack.region}",
+                f"{self._stage.name}.region",
             )
         repository = stack.format_arn(service="ecr", account=account, resource="repository", resource_name=_REPOSITORY)
         allow(self.role, "ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", on=repository)

@@ -212,8 +212,9 @@ def test_every_region_that_has_the_training_image_can_be_deployed_to() -> None:
 
 
 def test_a_region_without_the_training_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prod\.region: .* in eu-nowhere-1"):
+    with pytest.raises(ConfigError, match=r"prod\.region: .* in eu-nowhere-1") as caught:
         synthesize(context_of(tmp_path, region="eu-nowhere-1"), tmp_path / "out")
+    assert caught.value.where == str(tmp_path / "stages.yaml")
 
 
 def test_training_can_let_go_of_the_app_before_the_app_goes(tmp_path: Path) -> None:

@@ -306,6 +306,14 @@ def test_the_network_that_those_are_made_from_is_right(models: Path) -> None:
     assert problems(models, "classification") == []
 
 
+def test_what_a_network_prints_is_no_part_of_the_json(models: Path) -> None:
+    source = f"print('loaded')\n{HEAD.replace('    return nn', '    print(config)\n    return nn')}"
+    (models / "classification" / "model.py").write_text(
+        source.replace("lambda images: images", "lambda images: print(9) or images")
+    )
+    assert problems(models, "classification") == []
+
+
 def test_a_detector_of_other_classes_is_found(models: Path) -> None:
     file = models / "detection" / "model.py"
     for wrong in ("len(config.classes)", "len(config.classes) + 2"):

@@ -284,11 +284,16 @@ def test_a_second_run_finds_nothing(trained: Stage) -> None:
         eraser = Eraser(trained.deployment, DIGITS)
         plan = eraser.plan([image])
         assert (plan.images, plan.unknown) == ([], [image])
-        text = io.StringIO()
-        erasure.show(eraser.erase(plan, "me", ""), Console(file=text, width=200))
-        assert text.getvalue().strip() == "nothing is left to erase"
+        with pytest.raises(RequestError, match=f"digits has nothing of {image}"):
+            eraser.erase(plan, "me", "")
     assert trained.everything == before
     assert len(trained.ledger.erasures("digits")) == 1
+
+
+def test_what_is_nowhere_is_told_from_what_is_asked_for_twice(trained: Stage) -> None:
+    asked = ["secret 1.png", HASH, HASH, "secret 1.png", "never there.png", "0" * 64]
+    plan = Eraser(trained.deployment, DIGITS).plan(asked)
+    assert ([found.sha256 for found in plan.images], plan.unknown) == ([HASH], ["never there.png", "0" * 64])
 
 
 @pytest.mark.parametrize("image", [HASH, "copy of secret.png", "images/digits/secret 1.png"])
@@ -536,7 +541,8 @@ def test_the_command_in_scripts(found: Stage) -> None:
     assert (asked.exit_code, "--yes" in asked.output) == (2, True)
     done = CliRunner().invoke(app, [*command, "--yes"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["images"][0]["sha256"] == HASH
+    said = json.loads(done.stdout)
+    assert ([image["sha256"] for image in said["images"]], said["unknown"]) == ([HASH], ["never there.png"])
     assert found.is_erased
 
 

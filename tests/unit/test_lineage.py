@@ -246,7 +246,8 @@ def test_an_image_is_found_by_file_address_and_content(traced: Traced, tmp_path:
 def test_an_image_whose_task_is_gone_is_found_in_the_snapshots(traced: Traced) -> None:
     traced.train(1, [annotated(1), annotated(2)])
     traced.label_studio.annotated = []
-    assert _uses(traced.lineage.of_image(examples.sha256("2"))) == [(1, 2)]
+    for image in (examples.sha256("2"), "s3://images/images/digits/2.png"):
+        assert _uses(traced.lineage.of_image(image)) == [(1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labelloop.errors import LocalServiceError
+from labelloop.errors import ConfigError, LocalServiceError
 from local.deploy import progress
 from local.processes import MARK
 from local.stack import Addresses, LaptopStack
@@ -57,7 +57,7 @@ def test_only_a_stacks_own_folder_is_erased(tmp_path: Path) -> None:
     a_stack(tmp_path, []).down()
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "stack.lock").touch()  # whatever left it there
-    with pytest.raises(LocalServiceError, match="holds no stack"):
+    with pytest.raises(ConfigError, match="holds no stack"):
         a_stack(tmp_path, []).erase()
     assert (tmp_path / "thesis.tex").exists()
     a_stack(tmp_path / "never", []).erase()

@@ -34,6 +34,7 @@ def labelloop(*words: str, folder: Path, **environment: str) -> subprocess.Compl
         (["retrain", "digits", "--wait"], 2, "labelloop up"),
         (["promote", "digits", "2"], 2, "Missing option '--reason'"),
         (["rotate-secrets", "digits"], 2, "labelloop up"),
+        (["rotate-secrets", "digits", "--stage", "dev"], 2, "AWS is not configured"),
         (["redrive"], 2, "labelloop up"),
         (["erase", "digits"], 2, "Missing option '--image'"),
         (["erase", "digits", "--image", "a.png"], 2, "labelloop up"),
@@ -51,6 +52,26 @@ def test_a_mistake_is_said_in_a_line(tmp_path: Path, words: list[str], code: int
     done = labelloop(*words, folder=tmp_path)
     assert done.returncode == code, done.stderr
     assert said in " ".join(done.stderr.replace("│", " ").split())  # without its box
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "home", "said"),
+    [
+        (["status"], "notes.txt", "no stack can be kept there"),
+        (["up"], "notes.txt", "no stack can be kept there"),
+        (["up"], "notes.txt/below", "no stack can be kept there"),
+        (["down"], "notes.txt", "no stack can be kept there"),
+        (["down", "--erase"], "thesis", "holds no stack"),
+    ],
+)
+def test_a_home_of_something_else_is_a_mistake(tmp_path: Path, words: list[str], home: str, said: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    done = labelloop(*words, "--home", str(tmp_path / home), folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"error: {tmp_path / home}: --home: {said}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

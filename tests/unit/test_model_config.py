@@ -199,6 +199,14 @@ def test_a_folder_without_models_is_no_error_and_a_missing_one_is(tmp_path: Path
         _ = ModelConfigs(tmp_path / "missing").names
 
 
+def test_a_config_of_another_ending_is_not_passed_over(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets" / "config.yml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"pets/config\.yml: .* call it config\.yaml"):
+        _ = ModelConfigs(tmp_path).names
+
+
 def test_the_environment_names_another_folder(tmp_path: Path) -> None:
     folder(tmp_path)
     found = ModelConfigs.find(Settings({"LABELLOOP_MODEL_CONFIGS": str(tmp_path)}))

@@ -87,6 +87,22 @@ def test_one_models_messages_go_and_those_about_all_and_no_others(deployment: De
     assert lying(deployment, "ingest") == [UPLOAD]
 
 
+def test_what_lies_there_of_other_models_is_counted(deployment: Deployment) -> None:
+    put(deployment, "retrain", FACES, FACES)
+    put(deployment, "ingest", UPLOAD.replace("digits", "faces"))
+    for show, found in (
+        (redrive.show_list, redrive.look(deployment, QUEUES, "digits")),
+        (redrive.show_moved, redrive.redrive(deployment, QUEUES, "digits")),
+    ):
+        assert {queue.queue: queue.others for queue in found if queue.others} == {"ingest": 1, "retrain": 2}
+        assert (
+            said(show, found).strip()
+            == "only messages about other models lie in the dead-letter queues: 1 in ingest, 2 in retrain"
+        )
+    put(deployment, "retrain", DIGITS)
+    assert [(queue.moved, queue.others) for queue in redrive.redrive(deployment, ["retrain"], "digits")] == [(1, 2)]
+
+
 def test_one_queue_can_be_named(deployment: Deployment) -> None:
     put(deployment, "retrain", EVERY)
     put(deployment, "promote", DIGITS)
@@ -118,7 +134,7 @@ def test_ages_are_said_as_people_say_them() -> None:
 
 
 class Lossy:
-    """SQS that takes every second message of a batch, or breaks when it has taken all."""
+    """SQS that takes every second message of a batch for `promote`, or breaks when it has taken all."""
 
     def __init__(self, real: Any, *, breaks: bool) -> None:
         self._real, self._breaks = real, breaks
@@ -127,6 +143,8 @@ class Lossy:
         return getattr(self._real, name)
 
     def send_message_batch(self, *, QueueUrl: str, Entries: list[dict[str, str]]) -> dict[str, Any]:
+        if "PromoteQueue" not in QueueUrl:
+            return dict(self._real.send_message_batch(QueueUrl=QueueUrl, Entries=Entries))
         if self._breaks:
             self._real.send_message_batch(QueueUrl=QueueUrl, Entries=Entries)
             raise EndpointConnectionError(endpoint_url=QueueUrl)
@@ -136,13 +154,17 @@ class Lossy:
 
 @pytest.mark.parametrize(
     ("breaks", "message", "arrived"),
-    [(False, "SQS did not take 2 messages for the queue promote: too much", 2), (True, "SQS", 4)],
+    [
+        (False, "SQS did not take 2 messages for the queue promote: too much; .* before that: 1 in ingest, 2 in promote", 2),
+        (True, "SQS does not answer: .* before that: 1 in ingest$", 4),
+    ],
 )
 def test_no_message_is_lost(
     deployment: Deployment, sqs: Any, monkeypatch: pytest.MonkeyPatch, breaks: bool, message: str, arrived: int
 ) -> None:
     bodies = {json.dumps({"model": "digits", "n": n}) for n in range(4)}
     put(deployment, "promote", *bodies)
+    put(deployment, "ingest", UPLOAD)
     with monkeypatch.context() as patch:
         patch.setattr("cli.redrive.boto3", SimpleNamespace(client=lambda _: Lossy(sqs, breaks=breaks)))
         with pytest.raises(ServiceError, match=message):

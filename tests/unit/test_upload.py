@@ -186,6 +186,15 @@ def test_a_csv_without_classes_only_names_images(here: Path) -> None:
         assert named(table("image\n1.png\n"), config=config) == {"1.png": "sets/1.png"}
 
 
+def test_a_csv_whose_columns_are_no_label_is_noted(here: Path) -> None:
+    write("sets/1.png")
+    sources = gather([table("lable,image,by,\nCat,1.png,me,\n")], PETS)
+    assert list(sources.images.values()) == [Source("1.png", Path("sets/1.png"), None)]
+    assert sources.notes == ["sets/all.csv annotates nothing: beside 'image' it has no column 'label', but: lable, by"]
+    for quiet in ("image,\n1.png,\n", "image,by,label\n1.png,me,\n"):
+        assert gather([table(quiet)], PETS).notes == []
+
+
 def test_several_classes_stand_in_one_cell(here: Path) -> None:
     write("sets/1.png", "sets/2.png")
     sources = gather([table("image,label\n1.png,red | small|red\n2.png,\n")], TAGS)
@@ -544,6 +553,14 @@ def test_sorted_images_become_annotations_once(command: Upload) -> None:
     assert versions(command.bucket) == 3
 
 
+def test_the_report_has_what_may_not_have_been_meant(command: Upload) -> None:
+    picture("set/a.png", 1)
+    Path("set/all.csv").write_text("image,class\na.png,1\n")
+    assert command.run("set/all.csv", dry_run=True).notes == [
+        "set/all.csv annotates nothing: beside 'image' it has no column 'label', but: class"
+    ]
+
+
 def test_a_copy_with_another_class_is_refused(command: Upload) -> None:
     picture("set/1/a.png", 1)
     picture("set/2/a too.png", 1)
@@ -621,6 +638,7 @@ def test_a_report_is_said_in_lines() -> None:
         already_annotated=2,
         copies={"b.png": "a.png"},
         refused={"[red]x.png": "is broken: [bold]"},
+        notes=["[b].csv annotates nothing"],
     )
     show(report, Console(file=out, width=200))
     assert out.getvalue().splitlines() == [
@@ -628,6 +646,7 @@ def test_a_report_is_said_in_lines() -> None:
         "1 files are copies of others: the task of the same content counts for both",
         "annotated 7, left alone 2 that have an annotation",
         "refused [red]x.png: is broken: [bold]",
+        "note [b].csv annotates nothing",
     ]
 
 

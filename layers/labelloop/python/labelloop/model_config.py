@@ -341,7 +341,13 @@ class ModelConfigs:
     def names(self) -> list[str]:
         if not self.root.is_dir():
             raise ConfigError(str(self.root), "no such folder")
-        return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and (entry / "config.yaml").is_file())
+        names = []
+        for entry in sorted(self.root.iterdir()):
+            if (entry / "config.yaml").is_file():
+                names.append(entry.name)
+            elif (entry / "config.yml").is_file():
+                raise ConfigError(entry / "config.yml", "is not read under this name; call it config.yaml")
+        return names
 
     @cached_property
     def _folders(self) -> dict[str, ModelFolder]:
