@@ -26,6 +26,7 @@ from training_jobs.cache import Cache, recipe
 from training_jobs.job import Phases, TrainingJob
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 _READERS = 16  # the images channel fetches a file when it is opened; Pillow decodes without the interpreter's lock
 _SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -34,13 +35,21 @@ _LISTED = 10  # problems named in full; the rest is counted
 
 @dataclass(frozen=True)
 class Examples:
-    """The images of one split, ordered by content hash: `pixels` uint8 `[N, height, width, channels]`."""
+    """The images of one split, ordered by content hash: `pixels` uint8 `[N, height, width, channels]`.
+
+    A part of a split has all its pixels, which stay mapped; `numbers` tell which of them belong to the part's rows.
+    """
 
     rows: list[ManifestRow]
     pixels: Pixels
+    numbers: Numbers | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, numbers: Sequence[int]) -> Examples:
+        """Some of a whole split's."""
+        return Examples([self.rows[number] for number in numbers], self.pixels, np.array(numbers, dtype=np.int64))
 
     @property
     def measurable(self) -> bool:

@@ -19,7 +19,7 @@ from labelloop.model_config import ModelConfig
 from labelloop.records import Interval, ManifestRow, ModelCard, Region, Scores
 from training_jobs import heads, paired
 from training_jobs.average_precision import AveragePrecision, matches
-from training_jobs.decisions import Decisions, LabelQuality, yes_or_no
+from training_jobs.decisions import Decisions, Integers, LabelQuality, yes_or_no
 from training_jobs.multilabel import per_class_plot
 from training_jobs.paired import Difference, Floats
 
@@ -116,22 +116,10 @@ class Detection:
         learning, what scores as much as boxes do on average that find an annotated one. An annotated box that the model does
         not find is no contradiction.
         """
-        from cleanlab.object_detection import rank
-
-        labels = [_cleanlab_labels(row.regions, card) for row in rows]
-        predictions = [_cleanlab_predictions(found, card) for found in candidates]
         sure = _usual_score(rows, candidates)
-        scores = np.min(
-            [
-                rank.pool_box_scores_per_image(of_boxes)
-                for of_boxes in (
-                    rank.compute_overlooked_box_scores(labels=labels, predictions=predictions, high_probability_threshold=sure),
-                    rank.compute_swap_box_scores(labels=labels, predictions=predictions, high_probability_threshold=sure),
-                    rank.compute_badloc_box_scores(labels=labels, predictions=predictions, low_probability_threshold=sure / 2),
-                )
-            ],
-            axis=0,
-        )
+        pairs = [(row.regions, found) for row, found in zip(rows, candidates, strict=True)]
+        least = min(_least_similarity(given, found, card) for given, found in pairs)
+        scores = np.array([_objectlab(given, found, card, sure, least) for given, found in pairs])
         return LabelQuality(scores, scores < _CONTRADICTED)
 
     def plot(self, result: Scores, classes: Sequence[str], title: str, folder: Path) -> list[Path]:
@@ -197,16 +185,55 @@ def _usual_score(rows: Sequence[ManifestRow], candidates: Sequence[Sequence[Regi
     return float(np.mean([score for score in best if score is not None] or [1.0]))
 
 
-def _cleanlab_labels(regions: Sequence[Region], card: ModelCard) -> dict[str, Any]:
-    """Annotated boxes as cleanlab takes them."""
-    classes = np.array([card.classes.index(region.label) for region in regions], dtype=np.int64)
-    return {"bboxes": _cleanlab_boxes(regions, card), "labels": classes}
+def _objectlab(given: Sequence[Region], found: Sequence[Region], card: ModelCard, sure: float, least: float) -> float:
+    """The least of an image's scores; `least`: the least similarity in all images.
+
+    Candidates that are less than `sure` have no say in two of the three, which go through all pairs of boxes one by one.
+    """
+    from cleanlab.object_detection import rank
+
+    best = [region for region in found if (region.score or 0.0) >= sure]
+    every, some = ([_compared(given, its, card) | {"min_possible_similarity": least}] for its in (found, best))
+    of_boxes = (
+        *rank.compute_overlooked_box_scores(auxiliary_inputs=some, high_probability_threshold=sure),
+        *rank.compute_swap_box_scores(auxiliary_inputs=some, high_probability_threshold=sure),
+        *rank.compute_badloc_box_scores(auxiliary_inputs=every, low_probability_threshold=sure / 2),
+    )
+    return float(rank.pool_box_scores_per_image(of_boxes).min())
 
 
-def _cleanlab_predictions(found: Sequence[Region], card: ModelCard) -> list[Floats]:
-    """For each class its boxes and their scores, `[N, 5]`."""
-    by_class = [[region for region in found if region.label == name] for name in card.classes]
-    return [np.column_stack([_cleanlab_boxes(its, card), [region.score or 0.0 for region in its]]) for its in by_class]
+def _least_similarity(given: Sequence[Region], found: Sequence[Region], card: ModelCard) -> float:
+    similarity = _compared(given, found, card)["similarity_matrix"]
+    return float(similarity.min(where=similarity > 0, initial=1.0))
+
+
+def _compared(given: Sequence[Region], found: Sequence[Region], card: ModelCard) -> dict[str, Any]:
+    """What cleanlab compares of an image, to the last bit as it would itself, box by box and six times over."""
+    from cleanlab.internal.constants import ALPHA, EPSILON, EUC_FACTOR
+
+    by_class = sorted(found, key=lambda region: card.classes.index(region.label))
+    ours, theirs = _cleanlab_boxes(given, card), _cleanlab_boxes(by_class, card)
+    sides = np.minimum(ours[:, np.newaxis, 2:], theirs[:, 2:]) - np.maximum(ours[:, np.newaxis, :2], theirs[:, :2])
+    shared = sides.clip(min=0).prod(axis=2)
+    areas, their_areas = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (ours, theirs))
+    iou = shared / np.maximum(areas[:, np.newaxis] + their_areas - shared, EPSILON)
+    centres, their_centres = ((boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (ours, theirs))
+    apart = centres[:, np.newaxis] - their_centres
+    distance = 1 - np.exp(-np.sqrt(np.vecdot(apart, apart)) * EUC_FACTOR)
+    return {
+        "lab_labels": _numbers(given, card),
+        "lab_bboxes": ours,
+        "pred_labels": _numbers(by_class, card),
+        "pred_label_probs": np.array([region.score or 0.0 for region in by_class], dtype=np.float64),
+        "pred_bboxes": theirs,
+        "iou_matrix": iou,
+        "similarity_matrix": iou * ALPHA + (1 - ALPHA) * (1 - distance),
+    }
+
+
+def _numbers(regions: Sequence[Region], card: ModelCard) -> Integers:
+    """Of the regions' classes."""
+    return np.array([card.classes.index(region.label) for region in regions], dtype=np.int64)
 
 
 def _cleanlab_boxes(regions: Sequence[Region], card: ModelCard) -> Floats:

@@ -32,7 +32,7 @@ from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard, Region
 from training_jobs import problem, ranks
-from training_jobs.dataset import Dataset, Examples, Pixels
+from training_jobs.dataset import Dataset, Examples, Numbers, Pixels
 from training_jobs.export import to_network
 from training_jobs.heads import Heads
 from training_jobs.job import STOPPED, stop_noted
@@ -159,10 +159,13 @@ def fit(
     return training.averaged(epochs - 1).to(memory_format=torch.contiguous_format)
 
 
-def candidates(heads: Heads, pixels: Pixels, card: ModelCard) -> Iterator[list[Region]]:
-    """All that a network in evaluation mode takes into consideration for each image, reckoned as serving does it."""
+def candidates(heads: Heads, pixels: Pixels, card: ModelCard, numbers: Numbers | None = None) -> Iterator[list[Region]]:
+    """All that a network in evaluation mode takes into consideration for each image, reckoned as serving does it.
+
+    `numbers`: of the images in question, if not all are.
+    """
     problem_type, device = problem_types.of(card.problem_type), next(heads.parameters()).device
-    for batch in heads.batches(pixels):
+    for batch in heads.batches(pixels, numbers):
         with torch.inference_mode():
             outputs = [output.cpu().numpy() for output in heads(to_network(batch.to(device)))]
         yield from (problem_type.candidates(image, card) for image in zip(*outputs, strict=True))
@@ -219,21 +222,23 @@ def on_gpu(network: nn.Module, *, compiled: bool, detector: bool = False) -> nn.
 
 
 class Feed:
-    """Batches on a device, ready before the steps ask for them.
+    """Batches of examples on a device, ready before the steps ask for them.
 
     `waited`: seconds in which a step had to wait for its batch; on a GPU, which works behind the steps, that is the most that it
     can have waited.
     """
 
-    def __init__(self, pixels: Pixels, device: torch.device) -> None:
+    def __init__(self, examples: Examples, device: torch.device) -> None:
         self.waited = 0.0
-        self._pixels, self._device = pixels, device
+        self._pixels, self._numbers, self._device = examples.pixels, examples.numbers, device
         self._resident: Tensor | None = None
-        if device.type == "cuda" and pixels.nbytes <= _RESIDENT * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.from_numpy(pixels).to(device)
+        if device.type == "cuda" and examples.pixels.nbytes <= _RESIDENT * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.from_numpy(examples.pixels).to(device)
 
     def batches(self, numbers: Tensor) -> Iterator[Tensor]:
-        """For each batch of numbers, int64 `[batches, N]`, the images, uint8 `[N, height, width, channels]`."""
+        """For each batch of numbers of examples, int64 `[batches, N]`, the images, uint8 `[N, height, width, channels]`."""
+        if self._numbers is not None:
+            numbers = torch.from_numpy(self._numbers)[numbers]
         if self._resident is not None:
             yield from (self._resident[batch.to(self._device, non_blocking=True)] for batch in numbers.unbind())
             return
@@ -261,7 +266,7 @@ class _Training:
         self._examples, self._loss = len(examples), kind.loss(examples.rows, config, augment)
         self._plain_loss = kind.loss(examples.rows, config, lambda *given: given if len(given) > 1 else given[0])
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.feed = Feed(examples.pixels, self._device)
+        self.feed = Feed(examples, self._device)
         self.steps_an_epoch = max(math.ceil(len(examples) / self._hyperparameters.batch_size), _STEPS_AN_EPOCH)
         self._steps = self.steps_an_epoch * self._hyperparameters.epochs
         self._augmented = self._steps - math.ceil(_PLAIN_ROUNDS * len(examples) / self._hyperparameters.batch_size)

@@ -51,11 +51,19 @@ class Heads(nn.Module):
     def examine(self, images: Tensor) -> tuple[Tensor, ...]:
         """The problem type's outputs, then the embeddings `[N, D]`. Raises `ConfigError` when the network has none to give."""
 
-    def batches(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[Tensor]:
-        """Images `[N, height, width, channels]` in as many runs as memory asks for: the larger they are, the fewer at once."""
+    def batches(
+        self, pixels: np.ndarray[Any, np.dtype[np.uint8]], numbers: np.ndarray[Any, np.dtype[np.int64]] | None = None
+    ) -> Iterator[Tensor]:
+        """Images `[N, height, width, channels]` in as many runs as memory asks for: the larger they are, the fewer at once.
+
+        `numbers`: of the images in question, if not all are; they are gathered run by run.
+        """
         _, height, width, _ = pixels.shape
         at_once = min(_AT_ONCE, max(1, _PIXELS_AT_ONCE // (height * width))) if self.several else 1
-        yield from torch.split(torch.from_numpy(pixels), at_once)
+        if numbers is None:
+            yield from torch.split(torch.from_numpy(pixels), at_once)
+        else:
+            yield from (torch.from_numpy(pixels[numbers[n : n + at_once]]) for n in range(0, len(numbers), at_once))
 
     def difference(self, ours: Sequence[Outputs], theirs: Sequence[Outputs]) -> float:
         """Largest difference between two sets of runs, relative to the largest value of each output."""

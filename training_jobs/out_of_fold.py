@@ -18,7 +18,7 @@ import msgspec
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ManifestRow, ModelCard, Region
 from training_jobs import network, probe, problem
-from training_jobs.dataset import Dataset, Examples, Pixels
+from training_jobs.dataset import Dataset, Examples
 from training_jobs.embeddings import Embeddings
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.fit import candidates as candidates_of
@@ -51,7 +51,7 @@ def candidates(
         log.info("out-of-fold model %d of %d: %d images to train on, %d to examine", fold + 1, count, len(others), len(own))
         file = checkpoint.with_stem(f"fold-{fold + 1}-of-{count}")
         features = seen.features[others] if seen else None
-        said = _examined(train.pixels[own], folder, weights, _part(train, others), features, card, file)
+        said = _examined(train.part(own), folder, weights, train.part(others), features, card, file)
         for number, regions in zip(own, said, strict=True):
             found[number] = regions
     return found
@@ -74,12 +74,8 @@ def _possible(rows: Sequence[ManifestRow], folds: Sequence[int], count: int) -> 
     return len(rows) >= _IMAGES_A_FOLD * count and set(folds) == set(range(count)) and len(annotated) > 1
 
 
-def _part(examples: Examples, numbers: Sequence[int]) -> Examples:
-    return Examples([examples.rows[number] for number in numbers], examples.pixels[numbers])
-
-
 def _examined(
-    pixels: Pixels,
+    own: Examples,
     folder: ModelFolder,
     weights: Path | None,
     others: Examples,
@@ -87,15 +83,15 @@ def _examined(
     card: ModelCard,
     checkpoint: Path,
 ) -> list[list[Region]]:
-    """What a model trained on `others` says of images."""
+    """What a model trained on `others` says of `own`."""
     config, kind = shortened(folder.config), problem.of(folder.config.problem_type)
     make_repeatable(config.hyperparameters.seed, exact=kind.exact)
     fresh, augment = network.build(folder, weights)
     if features is not None:
         probe.start(fresh, folder, others, features)
-    nothing = _part(others, [])
+    nothing = Examples([], others.pixels[:0])
     trained = fit(fresh, Dataset(others, nothing, nothing), config, card, augment, checkpoint, _note)
-    return list(candidates_of(kind.heads(trained), pixels, card))
+    return list(candidates_of(kind.heads(trained), own.pixels, card, own.numbers))
 
 
 def _note(epoch: Epoch) -> None:

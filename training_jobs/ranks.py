@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +76,7 @@ def share(fit: Shared) -> None:
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, fit.train.pixels)
         file.flush()
-        _broadcast((fit._replace(train=Examples(fit.train.rows, fit.train.pixels[:0])), Path(file.name)))
+        _broadcast((fit._replace(train=replace(fit.train, pixels=fit.train.pixels[:0])), Path(file.name)))
         any_of(flag=False)  # everyone has opened it
 
 
@@ -85,7 +86,7 @@ def shared() -> Iterator[Shared]:
         fit, file = sent
         pixels = np.load(file, mmap_mode="r")
         any_of(flag=False)
-        yield fit._replace(train=Examples(fit.train.rows, pixels))
+        yield fit._replace(train=replace(fit.train, pixels=pixels))
 
 
 def part(batches: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def test_batch_norm_serves_with_the_statistics_of_images_as_they_serve(tmp_path:
 
 def test_batches_come_whole_and_in_order_also_when_nobody_takes_them_all() -> None:
     pixels = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
-    feed = Feed(pixels, torch.device("cpu"))
+    feed = Feed(Examples([], pixels), torch.device("cpu"))
     numbers = torch.randint(0, 10, (7, 3))
     came = list(feed.batches(numbers))
     assert [images.tolist() for images in came] == [pixels[batch.numpy()].tolist() for batch in numbers]

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from labelloop import imaging
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region
 from tests.training import models
-from training_jobs import out_of_fold
+from training_jobs import heads, out_of_fold
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.job import STOPPED
 
@@ -41,9 +42,12 @@ def augmentation(config):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
-    place = tmp_path / "model_configs/tiny_classification"
+    return by_heart(tmp_path / "model_configs/tiny_classification")
+
+
+def by_heart(place: Path, size: int = SIZE) -> ModelFolder:
     place.mkdir(parents=True)
-    text = models.config_text("classification", classes=CLASSES, width=SIZE, height=SIZE, mode="L", epochs=9, batch_size=16)
+    text = models.config_text("classification", classes=CLASSES, width=size, height=size, mode="L", epochs=9, batch_size=16)
     (place / "config.yaml").write_text(text)
     (place / "model.py").write_text(_BY_HEART)
     return ModelFolder(place)
@@ -86,11 +90,11 @@ def dataset(train: Examples) -> Dataset:
     return Dataset(train=train, validation=nothing, test=nothing)
 
 
-def noise(count: int, *, groups: Sequence[str | None] | None = None, pictures: int | None = None) -> Examples:
+def noise(count: int, *, groups: Sequence[str | None] | None = None, pictures: int | None = None, size: int = SIZE) -> Examples:
     """Noise with a class by chance; with fewer `pictures` than images each comes several times, always with its class."""
     chance, generator = random.Random(0), np.random.default_rng(0)
     shown = [number % (pictures or count) for number in range(count)]
-    pixels = generator.integers(0, 256, (count, SIZE, SIZE, 1), dtype=np.uint8)[shown]
+    pixels = generator.integers(0, 256, (count, size, size, 1), dtype=np.uint8)[shown]
     labels = [chance.choice(CLASSES) for _ in range(count)]
     return Examples(
         [
@@ -163,6 +167,20 @@ def test_finished_folds_are_not_trained_again(folder: ModelFolder, tmp_path: Pat
     assert out_of_fold.candidates(folder, None, dataset(examples), card, tmp_path / "checkpoint.pt") == first
     assert epochs(caplog) == 0
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"the job's own"
+
+
+def test_folds_take_images_into_memory_by_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_AT_ONCE", 16)
+    folder, few, many = by_heart(tmp_path / "tiny_classification", 128), noise(60, size=128), noise(800, size=128)
+    out_of_fold.candidates(folder, None, dataset(few), card_of(folder), checkpoint(tmp_path, "few"))  # imports what it needs
+    tracemalloc.start()
+    try:
+        found = out_of_fold.candidates(folder, None, dataset(many), card_of(folder), checkpoint(tmp_path, "many"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found
+    assert peak < 0.24 * many.pixels.nbytes  # an image in four is a fold's own
 
 
 @pytest.mark.parametrize("examples", [noise(39), noise(0), noise(200, groups=["a" * 64] * 200)])

@@ -6,11 +6,15 @@ import logging
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from cleanlab.object_detection import rank
 
 from labelloop import problem_types
 from labelloop.records import Box, BoxRules, ManifestRow, ModelCard, ProblemTypeName, Region, Split
+from training_jobs import problem
 from training_jobs.calibration import accept_from
+from training_jobs.paired import Floats
 from training_jobs.suspicion import suspects
 
 CLASSES = ["cat", "dog", "owl"]
@@ -149,6 +153,53 @@ def test_detection_finds_wrong_boxes(annotated: list[Region]) -> None:
     found = suspects(rows, [said] * 30, card("detection"), 50)
     assert [suspect.task for suspect in found] == [5]
     assert found[0].suggested == said[:2]
+
+
+def test_boxes_are_compared_to_the_last_bit_as_cleanlab_does_it() -> None:
+    """Some images have no annotated box or no candidate; some boxes have two classes; thin candidates are nobody's."""
+    chance, best = random.Random(0), []
+    rows, said = [], []
+    for number in range(60):
+        truth, found = [], []
+        for _ in range(number % 5):
+            left, top, side = chance.uniform(0, 0.7), chance.uniform(0, 0.7), chance.uniform(0.1, 0.3)
+            label, other = chance.sample(CLASSES, 2)
+            truth.append(Region(label=label, box=(left, top, left + side, top + side)))
+            if chance.random() < 0.8:
+                best.append(chance.uniform(0.2, 1))
+                found.append(Region(label=label, box=(left + side / 9, top, left + side, top + side), score=best[-1]))
+            elif chance.random() < 0.5:
+                truth.append(Region(label=other, box=truth[-1].box))
+        for _ in range(number % 3):
+            left, top = chance.uniform(0, 0.9), chance.uniform(0, 0.2)
+            thin = (left, top, left + 0.01, top + 0.8)
+            found.append(Region(label=chance.choice(CLASSES), box=thin, score=chance.uniform(0.1, 1)))
+        rows.append(row(number, truth))
+        said.append(found)
+    sure = float(np.mean(best))
+    said[0].append(Region(label="owl", box=LEFT, score=sure))
+
+    def corners(regions: Sequence[Region]) -> Floats:
+        return np.array([region.box for region in regions], dtype=np.float64).reshape(-1, 4) * 100
+
+    labels = [
+        {"bboxes": corners(its.regions), "labels": np.array([CLASSES.index(region.label) for region in its.regions], dtype=int)}
+        for its in rows
+    ]
+    by_class = [[[region for region in found if region.label == name] for name in CLASSES] for found in said]
+    predictions = [
+        [np.column_stack([corners(its), [region.score or 0.0 for region in its]]) for its in classes] for classes in by_class
+    ]
+    given = {"labels": labels, "predictions": predictions}
+    of_boxes = (
+        rank.compute_overlooked_box_scores(**given, high_probability_threshold=sure),
+        rank.compute_swap_box_scores(**given, high_probability_threshold=sure),
+        rank.compute_badloc_box_scores(**given, low_probability_threshold=sure / 2),
+    )
+    expected = np.array([rank.pool_box_scores_per_image(scores) for scores in of_boxes])
+    assert (expected < 0.9).any(axis=1).all()
+    quality = problem.of("detection").label_quality(rows, said, card("detection"))
+    assert quality.scores.tolist() == expected.min(axis=0).tolist()
 
 
 class TestAcceptFrom:
