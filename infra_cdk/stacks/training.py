@@ -147,7 +147,7 @@ class TrainingStack(cdk.Stack):
                 "LABELLOOP_EVENT_BUS": self._state.event_bus.event_bus_name,
             },
         )
-        allow_reading_objects(role, self._state.artifacts, "training/", "champions/")
+        allow_reading_objects(role, self._state.artifacts, "training/", "champions/", "models/")
         allow_writing_objects(role, self._state.artifacts, "models/", "champions/")
         allow_ledger(role, self._state.ledger, "GetItem", "Query", "PutItem")
         allow(role, "events:PutEvents", on=self._state.event_bus.event_bus_arn)

@@ -67,6 +67,7 @@ FUNCTIONS = {
     "promote": {
         "s3:GetObject Artifacts training/*",
         "s3:GetObject Artifacts champions/*",
+        "s3:GetObject Artifacts models/*",
         "s3:ListBucket Artifacts",
         "s3:PutObject Artifacts models/*",
         "s3:PutObject Artifacts champions/*",
