@@ -78,7 +78,10 @@ CASES: list[tuple[str, Callable[[ModelConfig], nn.Module], str, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "build", "mode", "classes"), CASES, ids=[f"{name}-{classes}" for name, _, _, classes in CASES])
+@pytest.mark.parametrize(
+    ("name", "build", "mode", "classes"),
+    [pytest.param(*case, id=f"{case[0]}-{case[3]}", marks=[pytest.mark.slow] if "resnet50" in case[0] else []) for case in CASES],
+)
 def test_onnx_finds_what_torchvision_finds(
     name: str, build: Callable[[ModelConfig], nn.Module], mode: str, classes: int, tmp_path: Path
 ) -> None:

@@ -694,7 +694,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whatever_happens_the_loop_comes_right() -> None:
-    run(2_000)
+    run(1_000)
 
 
 def test_an_index_that_took_two_looks_is_built_anew_an_hour_after_a_task_has_gone() -> None:
