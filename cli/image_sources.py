@@ -184,7 +184,7 @@ def _table(table: Path, config: ModelConfig, found: Sources) -> list[Source]:
 
 
 def _rows(table: Path, found: Sources) -> Iterator[tuple[int, dict[str | None, Any]]]:
-    """A CSV file's rows with their line numbers."""
+    """A CSV file's rows with their line numbers; columns that say nothing here are noted in `found`."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)

@@ -109,7 +109,7 @@ def run(
         report.already_annotated = len(done & set(labels))
         report.annotated = len(labels) - report.already_annotated
         return report
-    if restore_deleted:
+    if restore_deleted and deleted:
         deployment.ledger.forget_images(config.name, project, deleted)
     waited = _waited(deployment.images, config.images_prefix) if lost else set()
     again = [there for there, name in lost.items() if (restore_deleted if before[name] in deleted else there in waited)]
