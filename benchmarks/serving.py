@@ -14,7 +14,7 @@ Contestants, each an HTTP server in processes of its own that is asked for the s
   images and model lie in the emulator's S3, so it takes part where no latency is added.
 
 The limit is the CPU time of one image's scaled libjpeg-turbo decode, to no less than the model's oversampling asks for, and
-bare `session.run` of the served file. The peers' packages go into an
+bare `session.run` of the served file; it has its turn in each round of each scenario. The peers' packages go into an
 environment of their own in labelloop's cache folder. Every request has new addresses, for the peers keep files. The order is
 drawn anew each round; figures are medians over the rounds, warm-up dropped.
 
@@ -143,7 +143,7 @@ class Contestant:
 def scenarios(*, quick: bool) -> list[Scenario]:
     few = [
         Scenario("classification", "small", 1, 1, 25, 12),
-        Scenario("classification", "small", 32, 1, 25, 2),
+        Scenario("classification", "small", 32, 1, 25, 6),
         Scenario("classification", "small", 1, 8, 25, 20),  # of fewer the first ones, asked all at once, would be a large part
         Scenario("classification", "large", 8, 1, 25, 4),
     ]
@@ -153,7 +153,7 @@ def scenarios(*, quick: bool) -> list[Scenario]:
         *few,
         Scenario("classification", "small", 1, 1, 0, 12),
         Scenario("classification", "small", 8, 1, 25, 3),
-        Scenario("classification", "small", 32, 1, 0, 1),
+        Scenario("classification", "small", 32, 1, 0, 6),
         Scenario("classification", "large", 1, 1, 25, 5),
         Scenario("classification", "large", 8, 1, 0, 3),
         Scenario("classification", "large", 32, 1, 25, 1),
@@ -535,7 +535,7 @@ def peak_mb(contestant: Contestant) -> float | None:
 
 
 def limit_ms(python: Path, folder: Path, kind: ProblemTypeName, size: str, oversampling: float) -> float:
-    command = [*pinned([str(python), str(PEERS_FILE)]), "limit", folder, kind, size, oversampling, 40 if size == "small" else 12]
+    command = [*pinned([str(python), str(PEERS_FILE)]), "limit", folder, kind, size, oversampling, 100 if size == "small" else 25]
     done = subprocess.run(list(map(str, command)), env=clean_environment(), capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))
 
@@ -588,7 +588,7 @@ def torch_says(model: Model, heads: nn.Module, files: Sequence[bytes]) -> list[l
 
 @dataclass
 class Figures:
-    """Medians over the rounds; `limit` by kind and size, CPU-ms."""
+    """Medians over the rounds; `limits` by scenario, CPU-ms a task in each round."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, list[float]] = field(default_factory=dict)
@@ -651,20 +651,21 @@ def play(
     for scenario in wanted:
         note(f"{title}: {scenario.title}")
         urllib.request.urlopen(f"http://{LOOPBACK}:{store}/latency/{scenario.latency_ms}").read()
-        playing = [contestant for contestant in contestants if contestant.plays(scenario)]
-        for contestant in random.sample(playing, len(playing)):
+        playing: list[Contestant | None] = [contestant for contestant in contestants if contestant.plays(scenario)]
+        for contestant in random.sample([*playing, None], len(playing) + 1):
+            if contestant is None:  # the limit's turn
+                limit = limit_ms(python, folder, scenario.kind, scenario.size, oversampling)
+                figures.limits.setdefault(scenario.title, []).append(limit)
+                continue
             if scenario not in contestant.rounds:
                 measure(contestant, scenario, 1)  # the warm-up
             contestant.rounds.setdefault(scenario, []).append(measure(contestant, scenario, scenario.requests))
-    for size in dict.fromkeys(scenario.size for scenario in wanted):
-        kind = wanted[0].kind
-        figures.limits.setdefault(f"{kind}, {size}", []).append(limit_ms(python, folder, kind, size, oversampling))
 
 
 def summarise(contestants: list[Contestant], wanted: list[Scenario], figures: Figures) -> None:
     ours = [contestant for contestant in contestants if contestant.ours]
     for scenario in wanted:
-        limit = statistics.median(figures.limits[f"{scenario.kind}, {scenario.size}"])
+        limits = figures.limits[scenario.title]
         for contestant in contestants:
             if not contestant.plays(scenario):
                 continue
@@ -680,7 +681,9 @@ def summarise(contestants: list[Contestant], wanted: list[Scenario], figures: Fi
                     "p95_ms": round(times[min(len(times) - 1, int(0.95 * len(times)))], 1),
                     "tasks_per_s": round(statistics.median(result.tasks_per_s for result in results), 1),
                     "cpu_ms": round(cpu, 2),
-                    "cpu_of_limit": round(cpu / limit, 2),
+                    "cpu_of_limit": round(
+                        statistics.median(result.cpu_ms / limit for result, limit in zip(results, limits, strict=True)), 2
+                    ),
                     "ahead": {one.name: ahead(one.rounds[scenario], results) for one in ours},
                 }
             )
@@ -712,7 +715,7 @@ def table(figures: Figures) -> str:
     lines = []
     for title in dict.fromkeys(row["scenario"] for row in figures.rows):
         rows = [row for row in figures.rows if row["scenario"] == title]
-        limit = statistics.median(figures.limits[f"{rows[0]['kind']}, {rows[0]['size']}"])
+        limit = statistics.median(figures.limits[title])
         lines += [
             f"**{title}** (limit {limit:.1f} CPU-ms a task)",
             "",

@@ -139,7 +139,7 @@ def augmentation(config: ModelConfig) -> Callable[..., Any]:
     return lambda images: torch.cat([change(some) for some in torch.split(images, _ALIKE)])
 
 
-class _Normalised(nn.Module):
+class Normalised(nn.Module):
     """Images between 0 and 1 as a network was pretrained on them."""
 
     mean: Tensor
@@ -160,7 +160,7 @@ def _classifier(config: ModelConfig, state: dict[str, Tensor] | None) -> nn.Modu
     if state is not None:
         _fill(network, _modern(state), head=_last_layer(network))
     published = models.get_model_weights(name).DEFAULT.transforms()
-    return nn.Sequential(_Normalised(published.mean, published.std), network)
+    return nn.Sequential(Normalised(published.mean, published.std), network)
 
 
 def _detector(config: ModelConfig, state: dict[str, Tensor] | None) -> nn.Module:

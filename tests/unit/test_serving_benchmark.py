@@ -26,10 +26,10 @@ def test_ratios_are_reckoned_round_by_round(monkeypatch: pytest.MonkeyPatch) -> 
     peer.rounds[scenario] = [Round([1_000.0], 32.0, 24.0), Round([10_000.0], 3.2, 26.0), Round([1_100.0], 30.0, 25.0)]
     for one in (ours, peer):
         one.same, one.differences = [True, False], [1e-4, 2e-4]
-    figures = Figures(limits={"classification, small": [10.0]})
+    figures = Figures(limits={scenario.title: [10.0, 10.5, 9.6]})
     serving.summarise([ours, peer], [scenario], figures)
     row = next(row for row in figures.rows if row["contestant"] == "peer")
-    assert (row["ahead"], row["cpu_of_limit"]) == ({OURS: {"faster": 10, "sooner": 10, "cheaper": 2}}, 2.5)
+    assert (row["ahead"], row["cpu_of_limit"]) == ({OURS: {"faster": 10, "sooner": 10, "cheaper": 2}}, 2.48)
     assert "| peer, classification | 100 | 50% | 2.0e-04 |" in serving.table(figures)
 
 
