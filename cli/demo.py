@@ -97,8 +97,10 @@ class Demo:
                 addresses = self._stack.up()
             self._report.seconds |= {f"start: {part}": seconds for part, seconds in self._stack.timings.items()}
             served = self._turn(addresses)
-            self._finish(addresses, served, report)
+            self._finish(served, report)
             if linger:
+                for line in addresses_to_show(addresses):
+                    self._console.print(line, highlight=False, soft_wrap=True)
                 self._console.print("\nEverything goes on running until Ctrl-C.", style="bold")
                 linger()
         finally:
@@ -224,7 +226,7 @@ class Demo:
         if not serves:
             self._console.print(f"  kept version {champion.version if champion else 0}: {escape(promotion.reason)}")
 
-    def _finish(self, addresses: Addresses, served: Served, report: Path | None) -> None:
+    def _finish(self, served: Served, report: Path | None) -> None:
         pictures = {"learning curve": self._home / "learning-curve.png"}
         draw_learning_curve(self._report, pictures["learning curve"])
         if self._problem_type.name == "detection":
@@ -236,8 +238,6 @@ class Demo:
         for version in self._report.versions:
             self._console.print(_line(version, self._report.metric), highlight=False, soft_wrap=True)
         self._console.print()
-        for line in addresses_to_show(addresses):
-            self._console.print(line, highlight=False, soft_wrap=True)
         for title, file in pictures.items():
             self._console.print(f"{title:<15} {file}", highlight=False, soft_wrap=True)
         if report:

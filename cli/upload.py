@@ -104,6 +104,9 @@ def run(
     if not restore_deleted:
         report.deleted = len(deleted)
         labels = {digest: classes for digest, classes in labels.items() if digest not in deleted}
+    waited = _waited(deployment.images, config.images_prefix) if lost else set()
+    again = [there for there, name in lost.items() if (restore_deleted if before[name] in deleted else there in waited)]
+    report.sent_again = len(again)
     if dry_run:
         done = {task.sha256 for task in tasks if task.annotations}
         report.already_annotated = len(done & set(labels))
@@ -111,15 +114,12 @@ def run(
         return report
     if restore_deleted and deleted:
         deployment.ledger.forget_images(config.name, project, deleted)
-    waited = _waited(deployment.images, config.images_prefix) if lost else set()
-    again = [there for there, name in lost.items() if (restore_deleted if before[name] in deleted else there in waited)]
 
     def send_again(there: str) -> None:
         """Write it once more: S3 then tells `ingest` of it once more."""
         deployment.images.put(config.images_prefix + there, images[lost[there]].path.read_bytes())
 
     _in_parallel(send_again, again, _UPLOADED_AT_ONCE)
-    report.sent_again = len(again)
     if labels:
         with Steps(console, "annotating", len(labels)) as steps:
             annotated = annotate(deployment.label_studio, project, folder, labels, steps.advance)
@@ -138,7 +138,7 @@ def show(report: Report, console: Console) -> None:
     if report.copies:
         say(f"{len(report.copies):,} files are copies of others: the task of the same content counts for both")
     if report.sent_again:
-        say(f"{report.sent_again:,} lay there without a task and were sent to Label Studio again")
+        say(f"{report.sent_again:,} lay there without a task and {would or 'were '}sent to Label Studio again")
     if report.deleted:
         say(f"{report.deleted:,} had a task that was deleted in Label Studio; --restore-deleted makes it anew")
     if report.annotated or report.already_annotated:

@@ -580,6 +580,8 @@ def test_images_without_a_task_are_sent_again(command: Upload, monkeypatch: pyte
     command.run("set")
     assert command.run("set").sent_again == 0, "ingest may be at it"
     monkeypatch.setattr("cli.upload._INGEST", timedelta(minutes=-1))
+    assert command.run("set", dry_run=True).sent_again == 2
+    assert versions(command.bucket) == 2
     assert command.run("set").sent_again == 2
     assert versions(command.bucket) == 4
     command.tasks_appear()
@@ -596,6 +598,7 @@ def test_an_image_whose_task_was_deleted_stays_without_one_unless_asked_for(comm
     for dry_run in (True, False):
         report = command.run("set", labels_from_folders=True, dry_run=dry_run)
         assert (report.deleted, report.sent_again, report.annotated) == (1, 0, 1)
+    assert command.run("set", restore_deleted=True, dry_run=True).sent_again == 1
     assert command.ledger.had_task("digits", 1, content)
 
     command.label_studio.later = [dataclasses.replace(deleted, id=9)]
