@@ -220,23 +220,19 @@ class Proposals(Heads):
 
 def detector(network: nn.Module) -> Heads:
     """The heads of one of torchvision's detectors. Raises `ConfigError` for any other network, and for another transform."""
-    transform = type(getattr(network, "transform", None))
-    if issubclass(transform, GeneralizedRCNNTransform) and any(
-        getattr(transform, name) is not getattr(GeneralizedRCNNTransform, name) for name in ("forward", "batch_images")
-    ):
+    if not isinstance(network, SSD | RetinaNet | FCOS | FasterRCNN):
         raise ConfigError(
             "model.py",
-            f"the detector's {transform.__name__} has its own forward or batch_images; override normalize instead",
+            f"build_model gives a {type(network).__name__}; for detection it has to be torchvision's SSD, RetinaNet, FCOS or "
+            "FasterRCNN, or a class made from one of them",
         )
-    if isinstance(network, SSD | RetinaNet | FCOS):
-        return Anchors(network)
-    if isinstance(network, FasterRCNN):
-        return Proposals(network)
-    raise ConfigError(
-        "model.py",
-        f"build_model gives a {type(network).__name__}; for detection it has to be torchvision's SSD, RetinaNet, FCOS or "
-        "FasterRCNN, or a class made from one of them",
-    )
+    transform = type(network.transform)
+    if any(getattr(transform, name, None) is not getattr(GeneralizedRCNNTransform, name) for name in ("forward", "batch_images")):
+        raise ConfigError(
+            "model.py",
+            f"the detector's transform, a {transform.__name__}, has its own forward or batch_images; override normalize instead",
+        )
+    return Proposals(network) if isinstance(network, FasterRCNN) else Anchors(network)
 
 
 def _prepared(detector: Any, images: Tensor) -> tuple[ImageList, tuple[int, int]]:

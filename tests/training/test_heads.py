@@ -131,9 +131,10 @@ def test_a_detector_that_prepares_its_images_in_its_own_way_is_refused() -> None
             return super().forward([2 * image for image in images], targets)
 
     network: Network = small_fcos(config_of("detection", mode="L", width=96, height=96))
-    network.transform = Doubled(96, 96, [0.5], [0.25], fixed_size=(96, 96))
-    with pytest.raises(ConfigError, match="Doubled has its own forward or batch_images"):
-        heads.detector(network)
+    for transform in (Doubled(96, 96, [0.5], [0.25], fixed_size=(96, 96)), nn.Identity()):
+        network.transform = transform
+        with pytest.raises(ConfigError, match=f"a {type(transform).__name__}, has its own forward or batch_images"):
+            heads.detector(network)
 
 
 def test_a_detector_s_image_is_not_scattered_into_zeros(tmp_path: Path) -> None:
