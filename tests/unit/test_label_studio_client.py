@@ -181,6 +181,19 @@ def test_a_reading_request_is_repeated_when_the_server_is_overloaded(server: Rec
     assert client.count_annotated(1) == 5
 
 
+def test_a_server_that_asks_for_an_hour_s_patience_is_asked_again_soon(
+    server: RecordingServer, client: LabelStudioClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No function runs that long; what it works on is in a queue, which waits better."""
+    waited: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=waited.append))
+    server.answer = lambda _: Answer(503, headers={"Retry-After": "3600"})
+    with pytest.raises(LabelStudioError, match="503"):
+        client.count_annotated(1)
+    assert len(server.requests) == 3
+    assert 0 < sum(waited) < 10
+
+
 def test_an_import_is_never_repeated_by_itself(server: RecordingServer, client: LabelStudioClient) -> None:
     """Label Studio may have made the tasks before it failed; only `ingest` knows how to find out."""
     server.answer = lambda _: Answer(503)
