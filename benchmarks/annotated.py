@@ -88,16 +88,7 @@ def annotate(data: Images, folder: ModelFolder, *, count: int, wrong: float, see
 def look(folder: ModelFolder, data: Dataset, scratch: Path) -> Unseen:
     """Train as the job does: the model itself, and its out-of-fold models."""
     config = folder.config
-    card = ModelCard(
-        model=config.name,
-        problem_type=config.problem_type,
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode=config.image.mode,
-        oversampling=config.image.oversampling,
-        dataset_digest="",
-    )
+    card = config.card("")
     began = time.monotonic()
     make_repeatable(config.hyperparameters.seed, exact=True)
     fresh, augment = network.build(folder, None)

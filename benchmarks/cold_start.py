@@ -45,7 +45,7 @@ from infra_cdk.dependency_build import DependencyBuild, host_platform
 from infra_cdk.sources import FUNCTIONS, LAYERS, ROOT
 from labelloop.artifacts import champion_key, onnx_key
 from labelloop.model_config import ModelConfig, ModelConfigs
-from labelloop.records import Champion, ModelCard
+from labelloop.records import Champion
 from training_jobs import architectures
 from training_jobs.export import export
 from training_jobs.network import build
@@ -242,17 +242,7 @@ def _fill(bucket: Path, configs: ModelConfigs) -> None:
 def _untrained(configs: ModelConfigs, name: str) -> bytes:
     config: ModelConfig = configs[name].config
     network = architectures.build(config, None) if name == "photos" else build(configs[name], None)[0]
-    image = config.image
-    card = ModelCard(
-        model=name,
-        problem_type=config.problem_type,
-        classes=config.classes,
-        width=image.width,
-        height=image.height,
-        mode=image.mode,
-        oversampling=image.oversampling,
-        dataset_digest="0" * 64,
-    )
+    image, card = config.image, config.card("0" * 64)
     pixels = np.zeros((2, image.height, image.width, len(image.mode)), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"

@@ -33,7 +33,7 @@ from cli.examples.digits import scans
 from labelloop import problem_types
 from labelloop.active_learning import Place, place
 from labelloop.model_config import ModelConfigs, ModelFolder
-from labelloop.records import ManifestRow, ModelCard, Region
+from labelloop.records import ManifestRow, Region
 from training_jobs import calibration, embeddings, network, problem
 from training_jobs.dataset import Dataset, Examples, Pixels
 from training_jobs.export import to_network
@@ -179,7 +179,7 @@ class Labelling:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = Path(scratch) / "checkpoint.pt"
             data = Dataset(train=self._examples(labelled), validation=self._examples([]), test=self._examples([]))
-            return fit(fresh, data, self._config, self._card(), augment, checkpoint, lambda _: None)
+            return fit(fresh, data, self._config, self._config.card(""), augment, checkpoint, lambda _: None)
 
     def _places(self, trained: torch.nn.Module, labelled: list[int]) -> list[Place]:
         """Where the project's own queue puts each waiting image."""
@@ -188,8 +188,8 @@ class Labelling:
         found, seen = self._look(trained, self._waiting)
         held_out, _ = self._look(trained, self._holdout)
         card = msgspec.structs.replace(
-            self._card(),
-            certainties=calibration.certainties(self._config.problem_type, held_out, self._card()),
+            self._config.card(""),
+            certainties=calibration.certainties(self._config.problem_type, held_out, self._config.card("")),
             centroids=embeddings.centroids(known, self._config.queue.clusters, self._run.seed),
         )
         groups = [hashlib.sha256(f"{self._run.seed}:{number}".encode()).hexdigest() for number in self._waiting]
@@ -200,7 +200,7 @@ class Labelling:
 
     def _accuracy(self, trained: torch.nn.Module) -> float:
         found, _ = self._look(trained, self._holdout)
-        kept = [problem.of(self._config.problem_type).kept(candidates, self._card()) for candidates in found]
+        kept = [problem.of(self._config.problem_type).kept(candidates, self._config.card("")) for candidates in found]
         rows = self._examples(self._holdout).rows
         return problem.of(self._config.problem_type).scores(rows, kept, self._config.classes, version=0).value
 
@@ -211,7 +211,7 @@ class Labelling:
         kind, heads = problem_types.of(self._config.problem_type), problem.of(self._config.problem_type).heads(trained)
         with torch.inference_mode():
             *outputs, embedding = heads.examine(to_network(torch.from_numpy(self._data.pixels[numbers])))
-        card = self._card()
+        card = self._config.card("")
         return [kind.candidates([one.numpy()], card) for one in outputs[0]], embedding.numpy()
 
     def _examples(self, numbers: list[int]) -> Examples:
@@ -228,19 +228,6 @@ class Labelling:
             for number in numbers
         ]
         return Examples(rows, self._data.pixels[numbers])
-
-    def _card(self) -> ModelCard:
-        config = self._config
-        return ModelCard(
-            model=config.name,
-            problem_type=config.problem_type,
-            classes=config.classes,
-            width=config.image.width,
-            height=config.image.height,
-            mode=config.image.mode,
-            oversampling=config.image.oversampling,
-            dataset_digest="",
-        )
 
 
 def measure(run: Run) -> Curve:

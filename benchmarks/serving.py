@@ -251,17 +251,7 @@ def make_model(folder: ModelFolder, root: Path, files: Sequence[bytes]) -> tuple
     The loaded model, torch's, and the files' pixels.
     """
     config, kind = folder.config, folder.config.problem_type
-    card = ModelCard(
-        model=kind,
-        problem_type=kind,
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode=config.image.mode,
-        oversampling=config.image.oversampling,
-        dataset_digest="0" * 64,
-        boxes=config.box_rules,
-    )
+    card = config.card("0" * 64)
     torch.manual_seed(0)
     network = architectures.build(config, None)
     pixels = np.stack([np.asarray(decoded(data, card)) for data in files])

@@ -159,7 +159,7 @@ def ours(task: Task) -> Result:
     from training_jobs.job import Phases
 
     folder, config = _model(task)
-    card = _card(config)
+    card = config.card("")
     make_repeatable(task.seed, exact=True)
     fresh, augment = network.build(folder, None)
     watch, phases, epochs, used = Stopwatch(), Phases(), list[Epoch](), list[float]()
@@ -370,16 +370,6 @@ def _model(task: Task) -> tuple[Any, Any]:
 def _place(task: Task) -> Path:
     """What stands for /opt/ml: fresh for each run, so that nothing is kept from one to the next."""
     return Path(task.folder) / f"ml-{task.seed}-{task.epochs}"
-
-
-def _card(config: Any) -> Any:
-    from labelloop.records import ModelCard
-
-    image = config.image
-    return ModelCard(
-        model=config.name, problem_type=config.problem_type, classes=config.classes, width=image.width, height=image.height,
-        mode=image.mode, oversampling=image.oversampling, dataset_digest="",
-    )  # fmt: skip
 
 
 def _load(task: Task, config: Any, card: Any, phases: Any) -> Any:

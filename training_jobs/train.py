@@ -68,7 +68,7 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     folder = models[job.model]
     config = folder.config
     champion = load_champion(job, config)
-    card, phases = model_card(job, config), Phases()
+    card, phases = config.card(job.digest), Phases()
     data = dataset.load(job, config, card, phases)
     log.info(
         "%s: %d images to train on, %d to validate, %d held out", job.model, len(data.train), len(data.validation), len(data.test)
@@ -134,20 +134,6 @@ def load_champion(job: TrainingJob, config: ModelConfig) -> Model | None:
             "problem_type",
         )
     return champion
-
-
-def model_card(job: TrainingJob, config: ModelConfig) -> ModelCard:
-    return ModelCard(
-        model=config.name,
-        problem_type=config.problem_type,
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode=config.image.mode,
-        oversampling=config.image.oversampling,
-        dataset_digest=job.digest,
-        boxes=config.box_rules,
-    )
 
 
 def parameters(job: TrainingJob, config: ModelConfig, data: Dataset) -> dict[str, object]:

@@ -16,7 +16,7 @@ import torch
 
 from labelloop import imaging
 from labelloop.model_config import ModelConfigs, ModelFolder
-from labelloop.records import ManifestRow, ModelCard, ProblemTypeName, Region
+from labelloop.records import ManifestRow, ProblemTypeName, Region
 from tests.training import models
 from training_jobs import heads, out_of_fold
 from training_jobs.dataset import Dataset, Examples
@@ -24,6 +24,7 @@ from training_jobs.job import STOPPED
 
 CLASSES = ["heads", "tails"]
 SIZE = 12
+DIGEST = "0" * 64  # of no snapshot
 
 # It learns by heart what it sees, and nothing of anything else.
 _BY_HEART = """
@@ -56,21 +57,6 @@ def by_heart(place: Path, size: int = SIZE) -> ModelFolder:
 @pytest.fixture(autouse=True)
 def said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="training_jobs")
-
-
-def card_of(folder: ModelFolder) -> ModelCard:
-    config = folder.config
-    return ModelCard(
-        model=config.name,
-        problem_type=config.problem_type,
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode=config.image.mode,
-        oversampling=config.image.oversampling,
-        dataset_digest="0" * 64,
-        boxes=config.box_rules,
-    )
 
 
 def row(number: int, regions: list[Region], group: str | None = None) -> ManifestRow:
@@ -124,14 +110,16 @@ def test_what_is_said_of_an_image_comes_from_models_that_saw_nothing_like_it(fol
     """Classes that can only be known by heart: copies of an image give them away unless they share its content group."""
     apart = noise(160, pictures=80)
     together = noise(160, pictures=80, groups=[f"{number % 80:064x}" for number in range(160)])
-    known = out_of_fold.candidates(folder, None, dataset(apart), card_of(folder), checkpoint(tmp_path, "apart"))
-    unknown = out_of_fold.candidates(folder, None, dataset(together), card_of(folder), checkpoint(tmp_path, "together"))
+    known = out_of_fold.candidates(folder, None, dataset(apart), folder.config.card(DIGEST), checkpoint(tmp_path, "apart"))
+    unknown = out_of_fold.candidates(
+        folder, None, dataset(together), folder.config.card(DIGEST), checkpoint(tmp_path, "together")
+    )
     assert accuracy(known, apart) > 0.75  # three copies of four lie in another fold
     assert accuracy(unknown, together) < 0.65
 
 
 def test_a_stopped_job_goes_on_where_it_was(folder: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    examples, card = noise(60), card_of(folder)
+    examples, card = noise(60), folder.config.card(DIGEST)
     whole = out_of_fold.candidates(folder, None, dataset(examples), card, checkpoint(tmp_path, "whole"))
     all_epochs = epochs(caplog)
     caplog.clear()
@@ -160,7 +148,7 @@ def test_a_stopped_job_goes_on_where_it_was(folder: ModelFolder, tmp_path: Path,
 
 
 def test_finished_folds_are_not_trained_again(folder: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    examples, card = noise(60), card_of(folder)
+    examples, card = noise(60), folder.config.card(DIGEST)
     (tmp_path / "checkpoint.pt").write_bytes(b"the job's own")
     first = out_of_fold.candidates(folder, None, dataset(examples), card, tmp_path / "checkpoint.pt")
     caplog.clear()
@@ -172,10 +160,12 @@ def test_finished_folds_are_not_trained_again(folder: ModelFolder, tmp_path: Pat
 def test_folds_take_images_into_memory_by_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "_AT_ONCE", 16)
     folder, few, many = by_heart(tmp_path / "tiny_classification", 128), noise(60, size=128), noise(800, size=128)
-    out_of_fold.candidates(folder, None, dataset(few), card_of(folder), checkpoint(tmp_path, "few"))  # imports what it needs
+    out_of_fold.candidates(
+        folder, None, dataset(few), folder.config.card(DIGEST), checkpoint(tmp_path, "few")
+    )  # imports what it needs
     tracemalloc.start()
     try:
-        found = out_of_fold.candidates(folder, None, dataset(many), card_of(folder), checkpoint(tmp_path, "many"))
+        found = out_of_fold.candidates(folder, None, dataset(many), folder.config.card(DIGEST), checkpoint(tmp_path, "many"))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -188,7 +178,7 @@ def test_too_few_images_are_said_so(
     examples: Examples, folder: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also when they all look the same."""
-    assert out_of_fold.candidates(folder, None, dataset(examples), card_of(folder), tmp_path / "checkpoint.pt") is None
+    assert out_of_fold.candidates(folder, None, dataset(examples), folder.config.card(DIGEST), tmp_path / "checkpoint.pt") is None
     assert "too few" in caplog.text
     assert not list(tmp_path.glob("*.pt"))
 
@@ -197,7 +187,7 @@ def test_too_few_images_are_said_so(
 def test_every_problem_type_has_them(problem_type: ProblemTypeName, tmp_path: Path) -> None:
     configs = models.write_folder(tmp_path / "configs", problem_type, epochs=1)
     folder = _with_folds(configs, f"tiny_{problem_type}", 2)
-    card, drawn = card_of(folder), models.rectangles(20, problem_type)
+    card, drawn = folder.config.card(DIGEST), models.rectangles(20, problem_type)
     images = [imaging.decode(example.image, width=card.width, height=card.height, mode=card.mode) for example in drawn]
     examples = Examples(
         [row(number, example.truth) for number, example in enumerate(drawn)], np.array([np.asarray(i) for i in images])

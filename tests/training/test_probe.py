@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,8 +17,7 @@ from cli.examples import Example, digits
 from labelloop import imaging
 from labelloop.artifacts import Bucket
 from labelloop.model_config import ModelFolder
-from labelloop.records import ManifestRow, ModelCard
-from tests.examples import model_card
+from labelloop.records import ManifestRow
 from tests.training.opt_ml import OptMl, manifest_rows
 from training_jobs import network, probe
 from training_jobs.dataset import Dataset, Examples
@@ -81,10 +79,6 @@ def examples(images: list[Example], folder: ModelFolder) -> Examples:
     return Examples(rows, np.stack([by_hash[row.sha256] for row in rows]))
 
 
-def card_of(folder: ModelFolder) -> ModelCard:
-    return msgspec.structs.replace(model_card(), classes=folder.config.classes, model=folder.config.name)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a network knows that has learnt the digits 0 to 4."""
@@ -93,7 +87,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     some = examples(of_classes(EARLY), folder)
     fresh, augment = network.build(folder, None)
     nothing = Examples([], some.pixels[:0])
-    trained = fit(fresh, Dataset(some, nothing, nothing), folder.config, card_of(folder), augment, root / "state", lambda _: None)
+    trained = fit(
+        fresh, Dataset(some, nothing, nothing), folder.config, folder.config.card(""), augment, root / "state", lambda _: None
+    )
     file = root / "state.pt"
     torch.save(trained.state_dict(), file)
     return file
@@ -114,21 +110,21 @@ def images() -> list[Example]:
 
 def probed(folder: ModelFolder, file: Path, train: Examples) -> tuple[nn.Module, Seen]:
     fresh, _ = network.build(folder, file)
-    seen = probe.look(fresh, folder, card_of(folder), train, None)
+    seen = probe.look(fresh, folder, folder.config.card(""), train, None)
     assert seen is not None
     return probe.start(fresh, folder, train, seen.features), seen
 
 
 def test_few_labels_suffice_where_the_features_are_there(late: ModelFolder, weights: Path, images: list[Example]) -> None:
     train, others = examples(images[:50], late), examples(images[50:], late)
-    right = score(probed(late, weights, train)[0], others, late.config, card_of(late))
+    right = score(probed(late, weights, train)[0], others, late.config, late.config.card(""))
     assert right > 0.9
 
 
 def test_the_fit_begins_where_the_probe_ended(late: ModelFolder, weights: Path, images: list[Example]) -> None:
     train = examples(images[:50], late)
     fresh, _ = network.build(late, weights)
-    seen = probe.look(fresh, late, card_of(late), train, None)
+    seen = probe.look(fresh, late, late.config.card(""), train, None)
     assert seen is not None
     copied = probe.start(fresh, late, train, seen.features)
     some = torch.from_numpy(train.pixels[:5]).permute(0, 3, 1, 2).float() / 255
@@ -151,7 +147,7 @@ def test_features_are_seen_once(
     few, more = examples(images[:30], late), examples(images[:40], late)
 
     def look(some: Examples, file: Path = weights) -> Seen:
-        seen = probe.look(network.build(late, file)[0], late, card_of(late), some, cache)
+        seen = probe.look(network.build(late, file)[0], late, late.config.card(""), some, cache)
         assert seen is not None
         return seen
 
@@ -172,9 +168,9 @@ def test_features_are_seen_once(
 def test_a_network_without_a_last_linear_layer_is_not_probed(late: ModelFolder, images: list[Example]) -> None:
     train = examples(images[:5], late)
     with_softmax = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Softmax(dim=1))
-    assert probe.look(with_softmax, late, card_of(late), train, None) is None
+    assert probe.look(with_softmax, late, late.config.card(""), train, None) is None
     without_bias = nn.Sequential(nn.Flatten(), nn.Linear(64, 5, bias=False))
-    assert probe.look(without_bias, late, card_of(late), train, None) is None
+    assert probe.look(without_bias, late, late.config.card(""), train, None) is None
 
 
 def test_the_validation_split_says_which_one_serves(late: ModelFolder, weights: Path, images: list[Example]) -> None:
@@ -183,15 +179,15 @@ def test_the_validation_split_says_which_one_serves(late: ModelFolder, weights: 
     poor, _ = network.build(late, weights)
     none = Examples([], train.pixels[:0])
     data = Dataset(train, validation, none)
-    serves, told = probe.better(linear, poor, data, late.config, card_of(late), seen)
+    serves, told = probe.better(linear, poor, data, late.config, late.config.card(""), seen)
     assert serves is linear
     assert told.chosen
     assert told.value is not None
     assert told.fitted is not None
     assert told.value > told.fitted
-    serves, told = probe.better(poor, linear, data, late.config, card_of(late), seen)
+    serves, told = probe.better(poor, linear, data, late.config, late.config.card(""), seen)
     assert (serves, told.chosen) == (linear, False)
-    serves, told = probe.better(linear, poor, Dataset(train, none, none), late.config, card_of(late), seen)
+    serves, told = probe.better(linear, poor, Dataset(train, none, none), late.config, late.config.card(""), seen)
     assert (serves, told.chosen, told.value) == (poor, False, None)
 
 

@@ -22,7 +22,7 @@ from labelloop.records import METRIC_TITLES, ManifestRow, ProblemTypeName, Regio
 from tests.examples import brightness_model
 from tests.training.models import config_of, rectangles, write_folder
 from tests.training.opt_ml import OptMl, manifest_rows
-from training_jobs import dataset, network, problem, train
+from training_jobs import dataset, network, problem
 from training_jobs.fit import Epoch, fit, make_repeatable
 from training_jobs.job import STOPPED, Phases, TrainingJob
 
@@ -283,7 +283,7 @@ def _fitted(
     """The job's training alone, of two epochs."""
     job = TrainingJob.read(laid_out.folder)
     config = config_of(kind, epochs=2)
-    card = train.model_card(job, config)
+    card = config.card(job.digest)
     data = dataset.load(job, config, card, Phases())
     if not validation:
         nothing = dataset.Examples([row() for _ in data.validation.rows], data.validation.pixels)

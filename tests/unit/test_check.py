@@ -19,7 +19,6 @@ from cli.main import app
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfigs
 from labelloop.problem_types import PROBLEM_TYPES
-from labelloop.records import ModelCard
 from tests import examples
 from tests.unit.test_main import labelloop
 from training_jobs.export import export
@@ -366,17 +365,7 @@ def test_ones_own_network_can_be_served(sound_models: Path, tmp_path: Path, kind
     """The network of the template, as the training job exports it: onnxruntime gives what torch gives."""
     folder = ModelConfigs(sound_models)[kind]
     config = folder.config
-    card = ModelCard(
-        model=kind,
-        problem_type=config.problem_type,
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode=config.image.mode,
-        oversampling=config.image.oversampling,
-        dataset_digest="0" * 64,
-        boxes=config.box_rules,
-    )
+    card = config.card("0" * 64)
     pixels = np.random.default_rng(0).integers(0, 256, (5, config.image.height, config.image.width, 3), dtype=np.uint8)
     network, _ = untrained(folder)
     _, difference = export(network, card, pixels, tmp_path / "model.onnx")

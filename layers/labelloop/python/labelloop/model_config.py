@@ -19,7 +19,7 @@ from labelloop import problem_types
 from labelloop.closed_schema import Section, convert
 from labelloop.errors import ConfigError, UnknownModelError
 from labelloop.label_studio.label_config import LabelConfig
-from labelloop.records import BoxRules, GateRules, ProblemTypeName
+from labelloop.records import BoxRules, GateRules, ModelCard, ProblemTypeName
 from labelloop.settings import Settings
 
 _STATE_DICT = re.compile(r"s3://[^/]+/.+\.pth?")
@@ -275,6 +275,21 @@ class ModelConfig(Section, frozen=True, kw_only=True):
     def gate(self) -> GateRules:
         """What the promotion gate goes by."""
         return GateRules(**msgspec.structs.asdict(self.promotion))
+
+    def card(self, dataset_digest: str) -> ModelCard:
+        """The card of a model trained on that snapshot, before anything is known of it."""
+        image = self.image
+        return ModelCard(
+            model=self.name,
+            problem_type=self.problem_type,
+            classes=self.classes,
+            width=image.width,
+            height=image.height,
+            mode=image.mode,
+            oversampling=image.oversampling,
+            dataset_digest=dataset_digest,
+            boxes=self.box_rules,
+        )
 
     @property
     def images_prefix(self) -> str:
