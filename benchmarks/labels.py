@@ -147,6 +147,7 @@ class Labelling:
         queue = msgspec.structs.replace(folder.config.queue, strategy=run.strategy, control=run.control)
         splits = msgspec.structs.replace(folder.config.splits, test=0.0)  # the holdout is kept away from the queue altogether
         self._config = msgspec.structs.replace(folder.config, hyperparameters=hyperparameters, queue=queue, splits=splits)
+        self._card = self._config.card("")
         order = np.random.default_rng(run.seed).permutation(len(self._data.labels)).tolist()
         held_out = round(self._data.holdout * len(order))
         self._holdout, self._waiting = order[:held_out], order[held_out:]
@@ -179,7 +180,7 @@ class Labelling:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = Path(scratch) / "checkpoint.pt"
             data = Dataset(train=self._examples(labelled), validation=self._examples([]), test=self._examples([]))
-            return fit(fresh, data, self._config, self._config.card(""), augment, checkpoint, lambda _: None)
+            return fit(fresh, data, self._config, self._card, augment, checkpoint, lambda _: None)
 
     def _places(self, trained: torch.nn.Module, labelled: list[int]) -> list[Place]:
         """Where the project's own queue puts each waiting image."""
@@ -188,8 +189,8 @@ class Labelling:
         found, seen = self._look(trained, self._waiting)
         held_out, _ = self._look(trained, self._holdout)
         card = msgspec.structs.replace(
-            self._config.card(""),
-            certainties=calibration.certainties(self._config.problem_type, held_out, self._config.card("")),
+            self._card,
+            certainties=calibration.certainties(self._config.problem_type, held_out, self._card),
             centroids=embeddings.centroids(known, self._config.queue.clusters, self._run.seed),
         )
         groups = [hashlib.sha256(f"{self._run.seed}:{number}".encode()).hexdigest() for number in self._waiting]
@@ -200,7 +201,7 @@ class Labelling:
 
     def _accuracy(self, trained: torch.nn.Module) -> float:
         found, _ = self._look(trained, self._holdout)
-        kept = [problem.of(self._config.problem_type).kept(candidates, self._config.card("")) for candidates in found]
+        kept = [problem.of(self._config.problem_type).kept(candidates, self._card) for candidates in found]
         rows = self._examples(self._holdout).rows
         return problem.of(self._config.problem_type).scores(rows, kept, self._config.classes, version=0).value
 
@@ -211,8 +212,7 @@ class Labelling:
         kind, heads = problem_types.of(self._config.problem_type), problem.of(self._config.problem_type).heads(trained)
         with torch.inference_mode():
             *outputs, embedding = heads.examine(to_network(torch.from_numpy(self._data.pixels[numbers])))
-        card = self._config.card("")
-        return [kind.candidates([one.numpy()], card) for one in outputs[0]], embedding.numpy()
+        return [kind.candidates([one.numpy()], self._card) for one in outputs[0]], embedding.numpy()
 
     def _examples(self, numbers: list[int]) -> Examples:
         rows = [

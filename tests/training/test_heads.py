@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -205,17 +206,8 @@ def _learn(network: Network, pixels: np.ndarray[Any, np.dtype[np.uint8]], config
 
 
 def _card(config: ModelConfig) -> ModelCard:
-    return ModelCard(
-        model=config.name,
-        problem_type="detection",
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode=config.image.mode,
-        oversampling=2.0,
-        dataset_digest="",
-        boxes=BoxRules(score_threshold=0.3, iou_threshold=0.5, max_boxes=_MANY),
-    )
+    boxes = BoxRules(score_threshold=0.3, iou_threshold=0.5, max_boxes=_MANY)
+    return msgspec.structs.replace(config.card(""), boxes=boxes)
 
 
 def _regions(found: dict[str, torch.Tensor], config: ModelConfig) -> list[Region]:

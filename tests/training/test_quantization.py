@@ -20,7 +20,7 @@ from torch import nn
 from labelloop import proportions
 from labelloop.inference import Model
 from labelloop.model_config import ModelConfig, Promotion, Serving
-from labelloop.records import Evaluation, Int8, ManifestRow, ModelCard, ProblemTypeName, Region, Split
+from labelloop.records import Evaluation, Int8, ManifestRow, ProblemTypeName, Region, Split
 from tests import examples
 from tests.training.models import COLOURS, config_of, rectangles, write_folder
 from tests.training.opt_ml import OptMl, manifest_rows
@@ -85,23 +85,11 @@ def a_config(*, int8: str = "auto", margin: float = 0.02, problem_type: ProblemT
     return msgspec.structs.replace(plain, serving=serving, promotion=Promotion(margin=margin))
 
 
-def card_of(config: ModelConfig) -> ModelCard:
-    return msgspec.structs.replace(
-        examples.model_card(),
-        problem_type=config.problem_type,
-        classes=config.classes,
-        width=config.image.width,
-        height=config.image.height,
-        mode="RGB",
-        boxes=config.box_rules,
-    )
-
-
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Model, Path]:
     file = tmp_path / "model/model.onnx"
     file.parent.mkdir()
-    return export(brightest(), card_of(a_config()), data().test.pixels, file)[0], file
+    return export(brightest(), a_config().card(""), data().test.pixels, file)[0], file
 
 
 def quantized(file: Path) -> bool:
@@ -198,7 +186,7 @@ def test_the_image_is_normalised_channel_by_channel(tmp_path: Path) -> None:
     """onnxruntime's optimizer would do it with channels last, as the convolutions after it want them, which takes longer."""
     made, optimized = tmp_path / "int8.onnx", tmp_path / "optimized.onnx"
     network = nn.Sequential(architectures.Normalised([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]), brightest()).eval()
-    model, _ = export(network, card_of(a_config()), data().test.pixels, tmp_path / "float.onnx")
+    model, _ = export(network, a_config().card(""), data().test.pixels, tmp_path / "float.onnx")
     quantization.quantize(tmp_path / "float.onnx", data().train.pixels, made, model.card)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(optimized)
@@ -211,7 +199,7 @@ def test_a_network_without_inner_layers_stays_float(clock: Callable[[float, floa
     clock(*FASTER)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 3)).eval()
     file = tmp_path / "model.onnx"
-    model, _ = export(network, card_of(a_config()), data().test.pixels, file)
+    model, _ = export(network, a_config().card(""), data().test.pixels, file)
     served, found = quantization.choose(model, file, data(), a_config(), predict)
     assert (served, found.reason) == (model, "int8 does not run: no layer follows another one")
 
@@ -227,7 +215,7 @@ def test_a_detector_s_boxes_stay_float(clock: Callable[[float, float], None], tm
     pixels = chance.integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
     train, validation = (Examples([row(split, truth)] * 12, pixels) for split in ("train", "validation"))
     file = tmp_path / "model.onnx"
-    model, _ = export(detector, card_of(config), pixels, file)
+    model, _ = export(detector, config.card(""), pixels, file)
     served, found = quantization.choose(model, file, Dataset(train, validation, validation), config, predict)
     assert found.chosen, found.reason
     assert "mAP@0.5 " in found.reason
