@@ -53,12 +53,18 @@ class FakeDynamoDB:
         ExpressionAttributeNames: dict[str, str],
         ExpressionAttributeValues: Item,
         ConsistentRead: bool,
+        ExclusiveStartKey: Item | None = None,
     ) -> dict[str, Any]:
+        """At most two items an answer, as the real one answers a megabyte."""
         if KeyConditionExpression != "#model = :model AND begins_with(#record, :prefix)":
             raise NotImplementedError(KeyConditionExpression)
         model, prefix = (ExpressionAttributeValues[name]["S"] for name in (":model", ":prefix"))
-        found = [key for key in self.items if key[0] == model and key[1].startswith(prefix)]
-        return {"Items": [dict(self.items[key]) for key in sorted(found)]}
+        after = _key(ExclusiveStartKey) if ExclusiveStartKey else ("", "")
+        found = sorted(key for key in self.items if key[0] == model and key[1].startswith(prefix) and key > after)
+        answer: dict[str, Any] = {"Items": [dict(self.items[key]) for key in found[:2]]}
+        if found[2:]:
+            answer["LastEvaluatedKey"] = {"model": {"S": model}, "record": {"S": found[1][1]}}
+        return answer
 
     def transact_write_items(self, *, TransactItems: list[dict[str, Any]]) -> dict[str, Any]:
         """All puts or none."""

@@ -13,6 +13,7 @@ from labelloop.errors import ConflictError, NotSetUpError, StorageError
 from labelloop.ledger import Ledger
 from labelloop.records import Head, Promotion, Trained, Training
 from tests import examples
+from tests.fake_aws import FakeDynamoDB
 
 
 def test_a_model_without_a_project_says_what_to_run(ledger: Ledger) -> None:
@@ -43,6 +44,15 @@ def test_finishing_advances_the_sequence_and_the_history(ledger: Ledger) -> None
     assert (after.sequence, after.running, after.trained) == (2, None, trained)
     assert ledger.head("digits") == after
     assert ledger.trainings("digits") == [training]
+
+
+def test_a_history_longer_than_one_answer_is_read_to_its_end() -> None:
+    ledger = Ledger("ledger", client=FakeDynamoDB())
+    jobs = [msgspec.structs.replace(examples.job(f"job-{n}"), started_at=f"2026-01-0{n}T00:00:00+00:00") for n in range(1, 6)]
+    for job in jobs:
+        head = ledger.claim(ledger.head("digits"), job)
+        ledger.finish(head, msgspec.structs.replace(head, running=None), Training(job=job, status="completed"))
+    assert [training.job for training in ledger.trainings("digits")] == jobs
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first claim", "later claim"])
