@@ -19,7 +19,7 @@ from labelloop import artifacts, promotion
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConflictError, ModelError, RegistryError
 from labelloop.ledger import Ledger
-from labelloop.promotion import Promoter, judge, unpack
+from labelloop.promotion import Promoter, judge, not_worse, unpack
 from labelloop.records import Champion, Comparison, Evaluation, Interval, Promotion, Scores, Training, Verdict
 from labelloop.registry import Registry
 from tests import examples
@@ -79,6 +79,16 @@ def test_no_class_may_evidently_fall_too_far_whatever_the_total(change: Interval
     assert found == verdict
     if found == "keep":
         assert "the class 7 falls too far, -20.0 points (-40.0 to -1.0); class_floor allows 10" in reason
+    assert not_worse(compared, examples.evaluation().gate) is (verdict == "promote")
+
+
+@pytest.mark.parametrize(
+    ("challenger", "spread", "wanted"),
+    [(0.9, 0.019, True), (0.9, 0.021, False), (0.895, 0.004, False), (0.895, 0.006, True)],
+    ids=["within the margin", "perhaps beyond it", "evidently worse, within the margin", "perhaps as good"],
+)
+def test_int8_may_lose_nothing_that_is_evident_and_not_the_margin(challenger: float, spread: float, wanted: bool) -> None:
+    assert not_worse(examples.comparison(challenger, 0.9, spread=spread), examples.evaluation().gate) is wanted
 
 
 def test_where_nothing_can_be_compared_a_person_decides() -> None:
