@@ -182,7 +182,7 @@ class LaptopStack:
         if stopped:
             raise LocalServiceError(
                 stopped[0],
-                f"does not run in {home}, the rest of the stack does; run: labelloop up",
+                f"does not run in {home}, the rest of the stack does; run: labelloop up --home {home}",
                 home / "logs" / f"{stopped[0]}.log",
             )
         return Addresses(

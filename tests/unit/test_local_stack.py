@@ -83,7 +83,7 @@ def test_a_stack_of_which_a_part_has_died_is_not_taken_for_none(tmp_path: Path) 
         assert running.mlflow == "http://127.0.0.1:3"
         stop([parts["mlflow"].record], grace_s=5)
         parts["mlflow"].popen.wait()
-        with pytest.raises(LocalServiceError, match=r"mlflow: does not run .*; run: labelloop up") as caught:
+        with pytest.raises(LocalServiceError, match=rf"mlflow: does not run .*; run: labelloop up --home {tmp_path}") as caught:
             LaptopStack.running(tmp_path)
         assert caught.value.log == tmp_path / "logs" / "mlflow.log"
     finally:
