@@ -35,7 +35,7 @@ from labelloop.errors import LabelloopError, LocalServiceError, ServiceError
 from labelloop.label_studio.payloads import Annotation
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import METRIC_TITLES, ManifestRow, Metric, Promotion, Region, version_string
-from local.stack import Addresses, LaptopStack
+from local.stack import Addresses, LaptopStack, held
 
 _ANNOTATORS = 2  # at once; Label Studio on SQLite writes one at a time anyway
 _TASKS_A_REQUEST = 40
@@ -88,7 +88,15 @@ class Demo:
         self._stack = LaptopStack(home, model_configs=self._configs, report=self._say)
 
     def run(self, *, linger: Callable[[], None] | None, report: Path | None) -> Report:
-        """Start clean, turn the loop, show where to look, `linger` if asked to, and stop everything, whatever happens."""
+        """Start clean, turn the loop, show where to look, `linger` if asked to, and stop everything, whatever happens.
+
+        Raises `LocalServiceError` when another demo runs in the folder, which is left alone then.
+        """
+        lock = self._home.with_name(f"{self._home.name}.lock")  # not in the folder, which is emptied
+        with held(lock, f"another demo runs in {self._home}; end it with Ctrl-C there, or name another folder: --home FOLDER"):
+            return self._run(linger, report)
+
+    def _run(self, linger: Callable[[], None] | None, report: Path | None) -> Report:
         self._stack.erase()
         shutil.rmtree(self._configs, ignore_errors=True)
         _configs_that_train_at(self._model, self._counts, self._configs)
@@ -320,8 +328,8 @@ class Annotator:
         """Go on until `count` tasks are annotated in all."""
         if count > len(self.tasks):
             raise ServiceError(f"there are {len(self.tasks)} images; {count} cannot be annotated")
-        with Steps(console, f"annotating up to {count:,}", count) as steps, ThreadPoolExecutor(_ANNOTATORS) as pool:
-            steps.reach(self.annotated)
+        steps = Steps(console, f"annotating up to {count:,}", count, before=self.annotated)
+        with steps, ThreadPoolExecutor(_ANNOTATORS) as pool:
             for annotation in [pool.submit(self._annotate, *task) for task in self.tasks[self.annotated : count]]:
                 annotation.result()
                 steps.advance()

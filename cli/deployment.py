@@ -78,7 +78,7 @@ class Deployment:
                 stack = cloudformation.describe_stacks(StackName=name)["Stacks"][0]
             except ClientError as error:
                 if error.response["Error"]["Code"] == "ValidationError":
-                    raise NotSetUpError(f"the stack {name} does not exist; run: cdk deploy --all -c stage={self.stage}") from None
+                    raise NotSetUpError(f"the stack {name} does not exist; run: {self.deploy_command}") from None
                 raise ServiceError(f"CloudFormation refused: {error}") from error
             except NoCredentialsError as error:
                 raise SettingsError(f"AWS is not configured: {error}") from error
@@ -138,17 +138,28 @@ class Deployment:
         """The name of the secret with the credentials of a model's backend."""
         return f"labelloop/{self.stage}/backend/{model}"
 
+    @property
+    def deploy_command(self) -> str:
+        """What a person runs to deploy the stage as the code has it now."""
+        return "labelloop up" if self.laptop else f"cdk deploy --all -c stage={self.stage}"
+
     def backend(self, model: str) -> BackendAccess:
-        """The backend of a model. On the laptop its address differs from the stack's output, which names AWS."""
+        """The backend of a model. On the laptop its address differs from the stack's output, which names AWS.
+
+        Raises `NotSetUpError` when the model is not deployed.
+        """
         api = self.laptop.api if self.laptop else self.outputs["ApiUrl"].rstrip("/")
-        secret = self._secret(self.backend_secret(model))
+        secret = self._secret(self.backend_secret(model), missing=f"{model} is not deployed yet; run: {self.deploy_command}")
         return BackendAccess(url=f"{api}/{model}", user=secret["username"], password=secret["password"])
 
-    def _secret(self, name: str) -> dict[str, str]:
+    def _secret(self, name: str, missing: str = "") -> dict[str, str]:
+        """What a secret holds. `missing` says what it means that there is none."""
         try:
             value = boto3.client("secretsmanager").get_secret_value(SecretId=name)["SecretString"]
             secret: dict[str, str] = json.loads(value)
         except ClientError as error:
+            if missing and error.response["Error"]["Code"] == "ResourceNotFoundException":
+                raise NotSetUpError(missing) from None
             raise NotSetUpError(f"cannot read the secret {name}: {error.response['Error'].get('Message', error)}") from error
         except BotoCoreError as error:
             raise ServiceError(f"Secrets Manager does not answer: {error}") from error

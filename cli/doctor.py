@@ -68,7 +68,7 @@ class _Examination:
         self._set_up = f"labelloop setup-label-studio-project {self._model}" + (
             "" if deployment.laptop else f" --stage {deployment.stage}"
         )
-        self._deploy = "labelloop up" if deployment.laptop else f"cdk deploy --all -c stage={deployment.stage}"
+        self._deploy = deployment.deploy_command
         self._checks: dict[str, Check] = {}
         self._root: dict[str, str] = {}  # what was not checked → what failed
         self._found: Any = None

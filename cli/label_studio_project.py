@@ -287,6 +287,7 @@ class _SetUp:
         self._done = Setup()
 
     def run(self) -> Setup:
+        self._deployment.backend(self._project.model)  # of a model that is not deployed nothing is made
         self._settings()
         self._storage()
         self._webhook()

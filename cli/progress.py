@@ -22,11 +22,11 @@ from rich.text import Text
 
 
 class Steps:
-    """A job of `total` equal steps; `advance` may be called from several threads."""
+    """A job of `total` equal steps, of which `before` were done earlier; `advance` may be called from several threads."""
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        self._console, self._title, self._total = console, title, total
-        self._done, self._began, self._told = 0, time.monotonic(), 0
+    def __init__(self, console: Console, title: str, total: int, before: int = 0) -> None:
+        self._console, self._title, self._total, self._before = console, title, total, before
+        self._done, self._began, self._told = before, time.monotonic(), 10 * before // total if total else 0
         self._lock = threading.Lock()
         self._bar: Progress | None = None
 
@@ -42,7 +42,7 @@ class Steps:
             )
             self._bar = Progress(*columns, console=self._console)
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total)
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -70,7 +70,7 @@ class Steps:
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._began
-        rate = self._done / seconds if seconds else 0.0
+        rate = (self._done - self._before) / seconds if seconds else 0.0
         left = f", {(self._total - self._done) / rate:.0f} s left" if rate and self._done < self._total else ""
         return f"{self._done:,} of {self._total:,}  ({seconds:.0f} s, {_a_second(rate)}{left})"
 

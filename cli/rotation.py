@@ -124,7 +124,7 @@ class _Rotation:
         except ClientError as error:
             code = error.response["Error"]["Code"]
             if code == "ResourceNotFoundException":
-                raise NotSetUpError(f"there is no secret {self._name}; deploy the model first") from error
+                raise NotSetUpError(f"{self._model} is not deployed yet; run: {self._deployment.deploy_command}") from error
             raise ServiceError(f"the secret {self._name} cannot be read: {code}") from error
         except BotoCoreError as error:
             raise ServiceError(f"Secrets Manager does not answer: {error}") from error

@@ -154,13 +154,13 @@ def run_to_end(
                 if ended:
                     break
                 if time.monotonic() > deadline:
-                    raise failure(started.record, f"not done after {limit_s:.0f} s")
+                    raise failure(started.record, f"not done after {limit_s:.0f} s", start_of_log)
                 meanwhile()
                 time.sleep(0.1)
     finally:
         stop([started.record], grace_s=5)
     if started.popen.returncode:
-        raise failure(started.record, f"ended with exit status {started.popen.returncode}")
+        raise failure(started.record, f"ended with exit status {started.popen.returncode}", start_of_log)
 
 
 def is_running(record: ProcessRecord) -> bool:
@@ -190,18 +190,18 @@ def stop(records: Iterable[ProcessRecord], *, grace_s: float) -> None:
         raise LocalServiceError(records[0].part, f"process {left[0].pid} cannot be stopped", Path(records[0].log))
 
 
-def failure(record: ProcessRecord, message: str) -> LocalServiceError:
-    """The error that says how a part failed, with the end of its log."""
+def failure(record: ProcessRecord, message: str, start_of_log: int = 0) -> LocalServiceError:
+    """The error that says how a part failed, with the end of its log, as far as that was written after `start_of_log` bytes."""
     log = Path(record.log)
-    ending = tail(log)
+    ending = tail(log, start_of_log)
     return LocalServiceError(record.part, message + (f"; the log ends with\n{ending}" if ending else ""), log)
 
 
-def tail(log: Path) -> str:
-    """The last lines of a log, without colours."""
+def tail(log: Path, start: int = 0) -> str:
+    """The last lines of a log from byte `start` on, without colours."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 64 * 1024))
+            file.seek(max(start, log.stat().st_size - 64 * 1024))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""

@@ -25,6 +25,7 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop.errors import ConfigError, LocalServiceError
+from labelloop.model_config import ModelConfigs
 from local import emulator
 from local.deploy import Deployment
 from local.environment import LOOPBACK, REGION, aws_client, aws_environment, clean_environment
@@ -115,7 +116,13 @@ class LaptopStack:
         self._started: list[str] = []
 
     def up(self) -> Addresses:
-        """Start what does not run and deploy. After a failure or an interruption, what this call started is stopped again."""
+        """Start what does not run and deploy. After a failure or an interruption, what this call started is stopped again.
+
+        Raises `ConfigError` for a model's wrong config or template before anything is started.
+        """
+        configs = ModelConfigs(self._model_configs)
+        for name in configs.names:
+            _ = configs[name].label_config
         with self._alone():
             record = _read(self.home) or _Record(ports={}, password=secrets.token_urlsafe(12), token=secrets.token_hex(20))
             self._pending, self._started = {}, []
@@ -157,17 +164,27 @@ class LaptopStack:
             self._stop(record, list(record.processes))
 
     def addresses(self) -> Addresses | None:
-        """Of the recorded stack when it was deployed and all its processes run."""
+        """Of the recorded stack; see `running`."""
         return self.running(self.home)
 
     @staticmethod
     def running(home: Path) -> Addresses | None:
-        """Addresses of the stack that is kept in `home`, when it was deployed and all its processes run."""
+        """Addresses of the stack that is kept in `home`; None when it was not deployed, or nothing of it runs.
+
+        Raises `LocalServiceError` when only a part of it runs.
+        """
         record = _read(home)
         if record is None or record.api is None:
             return None
-        if not all(part in record.processes and is_running(record.processes[part]) for part in PARTS):
+        stopped = [part for part in PARTS if part not in record.processes or not is_running(record.processes[part])]
+        if len(stopped) == len(PARTS):
             return None
+        if stopped:
+            raise LocalServiceError(
+                stopped[0],
+                f"does not run in {home}, the rest of the stack does; run: labelloop up --home {home}",
+                home / "logs" / f"{stopped[0]}.log",
+            )
         return Addresses(
             emulator=_url(record, "emulator"),
             sagemaker=_url(record, "sagemaker"),
@@ -355,14 +372,9 @@ class LaptopStack:
         """Hold the folder, so that two commands never start or stop the same stack at once."""
         try:
             self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = self._lock.open("w")
         except OSError as error:
             raise _unusable(self.home, error) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LocalServiceError("laptop", f"another command is starting or stopping the stack in {self.home}") from None
+        with held(self._lock, f"another command is starting or stopping the stack in {self.home}"):
             yield
 
     @contextmanager
@@ -370,6 +382,22 @@ class LaptopStack:
         since = time.monotonic()
         yield
         self.timings[phase] = time.monotonic() - since
+
+
+@contextmanager
+def held(lock: Path, taken: str) -> Iterator[None]:
+    """Hold a file, which is made where it is missing. Raises `LocalServiceError`, saying `taken`, when another process has it."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise _unusable(lock.parent, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LocalServiceError("laptop", taken) from None
+        yield
 
 
 def _file(home: Path) -> Path:

@@ -27,7 +27,7 @@ from cli.deployment import Deployment
 from cli.doctor import Check, examine
 from cli.label_studio_project import set_up_project
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import ConfigError, LabelStudioError
+from labelloop.errors import ConfigError, LabelStudioError, NotSetUpError
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelFolder
 from local.environment import aws_environment
@@ -242,6 +242,14 @@ def add_task(stage: Stage, name: str = "a.png", data: bytes | None = None) -> No
 
 
 # Set-up
+
+
+def test_of_a_model_that_is_not_deployed_nothing_is_set_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deployment, "backend_secret", lambda *_: "labelloop/local/backend/none")
+    with pytest.raises(NotSetUpError, match="pets is not deployed yet; run: labelloop up"):
+        set_up_project(stage.deployment, stage.folder)
+    assert stage.label_studio.projects == {}
+    assert "run: labelloop up" in stage.failing()["health"]
 
 
 @pytest.mark.parametrize("stage", TEMPLATES, indirect=True)

@@ -274,6 +274,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a WebP that claims too much": (webp_header(16_000, 16_000), "256 megapixels"),
     "a JPEG cut off": (FORMATS["JPEG"][:-200], "broken|cannot be read"),
     "a PNG cut off": (FORMATS["PNG"][:80], "broken|cannot be read"),
+    "a PNG cut off in its pixels": (encoded(quarters((400, 400)).effect_spread(50), "PNG")[:-1000], "^is broken"),
     "a GIF cut off": (FORMATS["GIF"][:-40], "broken"),
     "a WebP cut off": (FORMATS["lossless WebP"][:-40], "broken|cannot be read|not an image"),
     "only a header": (FORMATS["JPEG"][:20], "not an image|cannot be read"),

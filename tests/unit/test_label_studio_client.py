@@ -156,6 +156,25 @@ def test_a_refusal_is_an_error_with_its_status(
     assert len(server.requests) == 1, "nothing is repeated that would be refused again"
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.counts(7),
+        lambda client: client.model_version(7),
+        lambda client: client.tally(7),
+        lambda client: next(client.tasks(7, "image")),
+    ],
+    ids=["counts", "model_version", "tally", "tasks"],
+)
+def test_a_project_that_was_deleted_is_an_error_that_says_what_to_do(
+    server: RecordingServer, client: LabelStudioClient, ask: Callable[[LabelStudioClient], object]
+) -> None:
+    server.answer = lambda _: Answer(404, {"detail": "No Project matches the given query."})
+    with pytest.raises(LabelStudioError, match=r"no project 7 any more.*; labelloop setup-label-studio-project") as caught:
+        ask(client)
+    assert caught.value.status == 404
+
+
 @pytest.mark.parametrize("call", [call for name, call in CALLS.items() if name != "download"])
 def test_an_answer_that_is_no_json_is_an_error(
     server: RecordingServer, client: LabelStudioClient, call: Callable[[LabelStudioClient], Any]

@@ -169,6 +169,16 @@ def test_a_command_hands_on_its_lines_and_its_failure(tmp_path: Path) -> None:
     assert lines == ["one", "two"]
 
 
+def test_a_command_s_failure_shows_nothing_of_what_an_earlier_one_wrote(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for said in ("all is well", "what is wrong"):
+        with pytest.raises(LocalServiceError) as caught:
+            run_to_end("tool", ["sh", "-c", f"echo {said}; exit 3"], log=log, environment=clean_environment(), limit_s=60)
+    assert "what is wrong" in str(caught.value)
+    assert "all is well" not in str(caught.value)
+    assert "all is well" in log.read_text()
+
+
 def test_a_command_is_stopped_when_something_else_fails_meanwhile(tmp_path: Path) -> None:
     number = tmp_path / "pid"
     program = f"import os, pathlib, time; pathlib.Path({str(number)!r}).write_text(str(os.getpid())); time.sleep(600)"

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import stat
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+from rich.console import Console
 
+from cli.demo import Demo
 from labelloop.errors import ConfigError, LocalServiceError
 from local.deploy import progress
-from local.processes import MARK
-from local.stack import Addresses, LaptopStack
-from local.toolchain import cache_folder, cdk_command, find_uv, tool_environment
+from local.processes import MARK, start, stop
+from local.stack import PARTS, Addresses, LaptopStack, held
+from local.toolchain import REPOSITORY, cache_folder, cdk_command, find_uv, tool_environment
+
+MODEL_CONFIGS = REPOSITORY / "model_configs"
 
 
 def a_stack(home: Path, said: list[str]) -> LaptopStack:
-    return LaptopStack(home, model_configs=home / "model_configs", report=lambda part, text: said.append(f"{part}: {text}"))
+    return LaptopStack(home, model_configs=MODEL_CONFIGS, report=lambda part, text: said.append(f"{part}: {text}"))
 
 
 def executable(path: Path, script: str) -> Path:
@@ -43,6 +49,48 @@ def test_when_a_part_fails_the_others_are_stopped_and_the_error_names_it(tmp_pat
     assert kept["processes"] == {}
     assert len(set(kept["ports"].values())) == 4
     assert stat.S_IMODE((home / "stack.json").stat().st_mode) == 0o600
+
+
+def test_a_model_s_wrong_config_is_said_before_anything_is_started(tmp_path: Path) -> None:
+    folder = tmp_path / "model_configs" / "digits"
+    folder.mkdir(parents=True)
+    (folder / "labeling_template.xml").write_text((MODEL_CONFIGS / "digits" / "labeling_template.xml").read_text())
+    config = (MODEL_CONFIGS / "digits" / "config.yaml").read_text()
+    home, said = tmp_path / "home", list[str]()
+    stack = LaptopStack(home, model_configs=folder.parent, report=lambda part, text: said.append(f"{part}: {text}"))
+    for wrong in (config.replace("epochs:", "epoch:"), config.replace('"3"', '"three"')):
+        assert wrong != config
+        (folder / "config.yaml").write_text(wrong)
+        with pytest.raises(ConfigError, match=r"epochs|three"):
+            stack.up()
+    assert said == []
+    assert not home.exists()
+
+
+def test_a_stack_of_which_a_part_has_died_is_not_taken_for_none(tmp_path: Path) -> None:
+    parts = {part: start(part, ["sleep", "600"], log=tmp_path / "log", environment=os.environ) for part in PARTS}
+    try:
+        record = {
+            "ports": {part: number for number, part in enumerate(PARTS, 1)},
+            "password": "b",
+            "token": "c",
+            "api": "http://127.0.0.1:1/_aws/execute-api/abc/v1",
+            "processes": {part: msgspec.to_builtins(process.record) for part, process in parts.items()},
+        }
+        (tmp_path / "stack.json").write_text(json.dumps(record))
+        running = LaptopStack.running(tmp_path)
+        assert running is not None
+        assert running.mlflow == "http://127.0.0.1:3"
+        stop([parts["mlflow"].record], grace_s=5)
+        parts["mlflow"].popen.wait()
+        with pytest.raises(LocalServiceError, match=rf"mlflow: does not run .*; run: labelloop up --home {tmp_path}") as caught:
+            LaptopStack.running(tmp_path)
+        assert caught.value.log == tmp_path / "logs" / "mlflow.log"
+    finally:
+        stop([process.record for process in parts.values()], grace_s=5)
+        for process in parts.values():
+            process.popen.wait()
+    assert LaptopStack.running(tmp_path) is None
 
 
 def _is_of_this_test(process: psutil.Process) -> bool:
@@ -72,6 +120,16 @@ def test_only_a_stacks_own_folder_is_erased(tmp_path: Path) -> None:
                 end()
     a_stack(kept, []).erase()
     assert not kept.exists()
+
+
+def test_a_second_demo_leaves_the_first_one_s_stack_alone(tmp_path: Path) -> None:
+    home = tmp_path / "demo"
+    home.mkdir()
+    (home / "stack.json").write_text("the first one's")
+    demo = Demo(home, "digits", [100], Console())
+    with held(tmp_path / "demo.lock", ""), pytest.raises(LocalServiceError, match=r"another demo runs in .*; end it with Ctrl-C"):
+        demo.run(linger=None, report=None)
+    assert (home / "stack.json").read_text() == "the first one's"
 
 
 def test_addresses_replace_every_aws_setting_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

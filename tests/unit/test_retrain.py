@@ -313,7 +313,7 @@ def test_start_training_trains_at_once_when_there_is_anything_new(loop: Loop) ->
     assert loop.look(asked=True).started
     loop.launcher.end("Completed")
     loop.decide()
-    assert loop.look(asked=True) == Outcome(None, f"nothing new: {loop.launcher.job.job_name} has trained the same annotations")
+    assert loop.look(asked=True) == Outcome(None, f"{loop.launcher.job.job_name} has trained the same annotations")
     loop.annotate(4)
     assert loop.look(asked=True).started
     assert [job.n_annotations for job, _ in loop.launcher.started] == [3, 4]
@@ -346,7 +346,7 @@ def test_a_label_that_was_changed_and_changed_back_is_nothing_new(loop: Loop) ->
     loop.launcher.end("Completed")
     loop.decide(2)
     loop.label_studio.annotated[0] = was
-    assert loop.look(asked=True) == Outcome(None, f"nothing new: {first} has trained the same annotations")
+    assert loop.look(asked=True) == Outcome(None, f"{first} has trained the same annotations")
     assert len(loop.launcher.started) == 2
 
 
@@ -430,7 +430,7 @@ def test_what_was_asked_for_is_forgotten_when_there_is_nothing_new(loop: Loop) -
     loop.launcher.end("Completed")
     loop.look()
     loop.decide(2)
-    assert loop.look() == Outcome(None, f"nothing new: {loop.launcher.job.job_name} has trained the same annotations")
+    assert loop.look() == Outcome(None, f"{loop.launcher.job.job_name} has trained the same annotations")
     assert not loop.ledger.head("digits").asked
     assert len(loop.launcher.started) == 2
 

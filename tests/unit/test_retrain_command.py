@@ -134,11 +134,11 @@ def test_a_training_is_followed_to_the_verdict(stage: Stage) -> None:
 
 
 def test_nothing_new_is_said_with_its_reason(stage: Stage) -> None:
-    stage.meanwhile = [lambda: stage.answer(Outcome(None, "nothing new: job-1 has trained the same annotations"))]
+    stage.meanwhile = [lambda: stage.answer(Outcome(None, "job-1 has trained the same annotations"))]
     done = stage.retrain()
     assert (done.state, done.reason, done.job_name) == (
         "nothing new",
-        "nothing new: job-1 has trained the same annotations",
+        "job-1 has trained the same annotations",
         None,
     )
 

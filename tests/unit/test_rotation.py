@@ -274,7 +274,7 @@ def test_where_somebody_else_writes_the_secret_as_well_nothing_more_is_done(
 
 def test_a_model_that_is_not_deployed_has_no_secret(stage: Stage) -> None:
     stage.name = "nowhere"
-    with pytest.raises(NotSetUpError, match=r"no secret labelloop/nowhere/backend/digits"):
+    with pytest.raises(NotSetUpError, match=r"digits is not deployed yet; run: cdk deploy --all -c stage=nowhere"):
         stage.rotate()
 
 

@@ -672,6 +672,16 @@ def test_progress_shows_rate_and_time_left(terminal: bool, monkeypatch: pytest.M
         assert out.getvalue().splitlines()[-1] == "  uploading: 100 of 200  (10 s, 10/s, 10 s left)"
 
 
+def test_progress_reckons_the_rate_without_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("cli.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    out = io.StringIO()
+    with Steps(Console(file=out), "annotating", 500, before=100) as steps:
+        clock[0] += 5
+        steps.advance(100)
+    assert out.getvalue().splitlines() == ["  annotating: 200 of 500  (5 s, 20/s, 15 s left)"]
+
+
 def test_progress_counts_steps_of_several_threads() -> None:
     out = io.StringIO()
     with Steps(Console(file=out), "going", 4000) as steps:

@@ -226,6 +226,8 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8."""
     try:
         found: Any = image.getexif().get(_ORIENTATION)
+    except OSError as error:  # a PNG's is looked for behind the pixels
+        raise ImageError(f"is broken: {_said(error)}") from error
     except Exception as error:
         raise ImageError(f"has broken EXIF data: {_said(error)}") from error
     return int(found) if found in range(1, 9) else 1

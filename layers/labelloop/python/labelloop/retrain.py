@@ -202,7 +202,7 @@ class Reconciler:
         tries = [training for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest]
         trained = next((one.job.job_name for one in tries if self._has_trained(one)), None)
         if trained is not None:  # perhaps not the last: a label may be changed and changed back
-            return Outcome(None, f"nothing new: {trained} has trained the same annotations")
+            return Outcome(None, f"{trained} has trained the same annotations")
         failure = head.failure
         if failure and failure.digest == snapshot.digest and not failure.no_machine and not asked:
             return Outcome(None, f"{failure.job_name} failed with the same annotations; any change of them allows another try")

@@ -142,7 +142,7 @@ class LabelStudioClient:
 
     def counts(self, project: int) -> dict[str, int]:
         """`tasks` and `annotated` of a project."""
-        answer = self._json("GET", f"/api/projects/{project}?include=id,task_number")
+        answer = self._json("GET", f"/api/projects/{project}?include=id,task_number", project=project)
         return {"tasks": int(answer["task_number"]), "annotated": self.tally(project).tasks}
 
     def count_predicted(self, project: int, version: str) -> int:
@@ -152,7 +152,8 @@ class LabelStudioClient:
 
     def model_version(self, project: int) -> str:
         """The version whose predictions the project shows and orders tasks by: the title of its backend."""
-        return str(self._json("GET", f"/api/projects/{project}?include=id,model_version")["model_version"])
+        answer = self._json("GET", f"/api/projects/{project}?include=id,model_version", project=project)
+        return str(answer["model_version"])
 
     def annotated_tasks(self, project: int, *, since: datetime | None = None, after: int = 0) -> Iterator[list[AnnotatedTask]]:
         """The annotated tasks with their annotations, page by page, by id: all, or those changed later than `since`.
@@ -186,7 +187,7 @@ class LabelStudioClient:
         ]
         query = {"filters": {"conjunction": "and", "items": items}, "ordering": [ordering]}
         parameters = {"project": project, "page_size": limit, "query": json.dumps(query), "include": fields}
-        body = self._request("GET", f"/api/tasks?{urlencode(parameters)}")
+        body = self._request("GET", f"/api/tasks?{urlencode(parameters)}", project=project)
         try:
             return msgspec.json.decode(body, type=_Page)
         except ValueError as error:  # no JSON, not UTF-8, or not of the type
@@ -211,7 +212,7 @@ class LabelStudioClient:
             # Label Studio decodes a view's percent signs once more than the URL's.
             view = json.dumps(query).replace("%", "%25")
             parameters = {"project": project, "page_size": 1000, "query": view, **_AS_STORED}
-            answer = self._json("GET", f"/api/tasks?{urlencode(parameters)}")
+            answer = self._json("GET", f"/api/tasks?{urlencode(parameters)}", project=project)
             found.update((str(task["data"].get(data_key)), int(task["id"])) for task in answer["tasks"])
         return found
 
@@ -221,7 +222,7 @@ class LabelStudioClient:
         query = {"filters": {"conjunction": "and", "items": [after]}, "ordering": ["tasks:id"]}
         fields = {**_AS_STORED, "include": "id,data,meta,total_annotations,cancelled_annotations"}
         parameters = {"project": project, "page_size": limit, "query": json.dumps(query), **fields}
-        tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
+        tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}", project=project)["tasks"]
         return [_known_task(task, data_key) for task in tasks]
 
     def tasks(self, project: int, data_key: str) -> Iterator[KnownTask]:
@@ -254,7 +255,7 @@ class LabelStudioClient:
             query = {"selectedItems": {"all": False, "included": some}, "ordering": ["tasks:id"]}
             fields = {**_WITH_PREDICTIONS, "include": f"{_WITH_PREDICTIONS['include']},{_BEGUN}"}
             parameters = {"project": project, "page_size": len(some), "query": json.dumps(query), **fields}
-            found += map(_stored_task, self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"])
+            found += map(_stored_task, self._json("GET", f"/api/tasks?{urlencode(parameters)}", project=project)["tasks"])
         return found
 
     def _unlabelled(
@@ -270,7 +271,7 @@ class LabelStudioClient:
         ]
         query = {"filters": {"conjunction": "and", "items": items}, "ordering": ["tasks:id"]}
         parameters = {"project": project, "page_size": limit, "query": json.dumps(query), **fields}
-        return list(self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"])
+        return list(self._json("GET", f"/api/tasks?{urlencode(parameters)}", project=project)["tasks"])
 
     def add_prediction(self, project: int, task: int, prediction: Prediction, cluster: int | None) -> None:
         """Give a task a prediction. One by one: Label Studio's bulk import loses the cluster."""
@@ -290,7 +291,7 @@ class LabelStudioClient:
         query = {"filters": {"conjunction": "and", "items": [by]}, "ordering": ["tasks:id"]}
         fields = {"include": "id,updated_at,predictions", "fields": "all", "resolve_uri": "false"}
         parameters = {"project": project, "page_size": _MOST, "query": json.dumps(query), **fields}
-        tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}")["tasks"]
+        tasks = self._json("GET", f"/api/tasks?{urlencode(parameters)}", project=project)["tasks"]
         return {
             int(task["id"]): (str(task["updated_at"]), _stored_prediction(prediction))
             for task in tasks
@@ -416,16 +417,26 @@ class LabelStudioClient:
             raise TooLargeError(f"{path} has more than {limit:,} bytes; they are not read", size)
         return data
 
-    def _json(self, method: str, path: str, body: Any = None) -> Any:
-        content = self._request(method, path, body)
+    def _json(self, method: str, path: str, body: Any = None, *, project: int | None = None) -> Any:
+        content = self._request(method, path, body, project=project)
         try:
             return msgspec.json.decode(content)
         except ValueError as error:
             raise LabelStudioError(f"Label Studio answered {method} {path} with what is no JSON: {error}") from error
 
-    def _request(self, method: str, path: str, body: Any = None, timeout: urllib3.Timeout = _TIMEOUT) -> bytes:
-        answer = self._send(method, path, body, timeout)
-        return bytes(answer.data)
+    def _request(
+        self, method: str, path: str, body: Any = None, timeout: urllib3.Timeout = _TIMEOUT, *, project: int | None = None
+    ) -> bytes:
+        """What is answered. `project` is the one that is asked about, where a 404 means that it does not exist."""
+        try:
+            return bytes(self._send(method, path, body, timeout).data)
+        except LabelStudioError as error:
+            if project is None or error.status != HTTPStatus.NOT_FOUND:
+                raise
+            raise LabelStudioError(
+                f"Label Studio has no project {project} any more (404); labelloop setup-label-studio-project MODEL makes another",
+                status=error.status,
+            ) from error
 
     def _send(
         self,
