@@ -128,13 +128,18 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
 
 def _room(shape: tuple[int, ...], folder: Path) -> Pixels:
     """An array in a file of the job's disk, which goes with the array."""
-    size, free = math.prod(shape), shutil.disk_usage(folder).free
-    if size > free:  # asked beforehand: a disk that is full later ends the process without a word
-        raise StorageError(
-            f"decoded images take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; raise training.volume_gb in config.yaml"
-        )
+    demand_room(math.prod(shape), folder, "decoded images take")  # a disk that is full later ends the process without a word
     with tempfile.TemporaryFile(dir=folder) as file:
         return np.asarray(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
+
+
+def demand_room(size: int, folder: Path, what: str) -> None:
+    """Raises `StorageError` where so many bytes are not free. `what` takes them, in words: "decoded images take"."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StorageError(
+            f"{what} {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; raise training.volume_gb in config.yaml"
+        )
 
 
 def _manifest(job: TrainingJob) -> list[ManifestRow]:
