@@ -139,12 +139,12 @@ def down(
     from local.stack import LaptopStack
 
     stack = LaptopStack(home.resolve(), model_configs=Path("model_configs"), report=_say)
-    if not stack.pids():
-        _say("laptop", f"nothing runs in {home}")
     if erase:
         stack.erase()
-    else:
-        stack.down()
+        return
+    if not stack.pids():
+        _say("laptop", f"nothing runs in {home}")
+    stack.down()
 
 
 @_command('create-new-model --model pets --problem-type classification --classes "Cat,Dog"')

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
-from labelloop.errors import ConfigError, LocalServiceError
+from labelloop.errors import ConfigError, ConflictError, LocalServiceError
 from local import emulator
 from local.deploy import Deployment
 from local.environment import LOOPBACK, REGION, aws_client, aws_environment, clean_environment
@@ -39,6 +40,7 @@ from local.processes import (
     is_running,
     start,
     stop,
+    working_in,
 )
 from local.toolchain import find_uv, tool_environment
 
@@ -102,8 +104,8 @@ class _Pending:
 class LaptopStack:
     """One stack, kept in the folder `home`. `report(part, text)` is told what happens.
 
-    Every method that fails raises `LocalServiceError`, which names the part and its log, or `ConfigError` for a `home` that no
-    stack can be, or is, kept in.
+    Every method that fails raises `LocalServiceError`, which names the part and its log, `ConflictError` while another command
+    starts or stops the stack, or `ConfigError` for a `home` that no stack can be, or is, kept in, or whose record is damaged.
     """
 
     def __init__(self, home: Path, *, model_configs: Path, report: Callable[[str, str], None]) -> None:
@@ -116,6 +118,7 @@ class LaptopStack:
 
     def up(self) -> Addresses:
         """Start what does not run and deploy. After a failure or an interruption, what this call started is stopped again."""
+        _read(self.home)  # its errors come before anything is made
         with self._alone():
             record = _read(self.home) or _Record(ports={}, password=secrets.token_urlsafe(12), token=secrets.token_hex(20))
             self._pending, self._started = {}, []
@@ -141,14 +144,23 @@ class LaptopStack:
             self._stop_all()
 
     def erase(self) -> None:
-        """Stop everything and delete the folder. Refuses a folder that no stack was kept in."""
-        record = _read(self.home)
+        """Stop everything and delete the folder, also where its record is damaged. Refuses a folder that no stack was kept in."""
+        damaged = False
+        try:
+            record = _read(self.home)
+        except ConfigError:
+            if not self._lock.exists():  # which `up` makes where there is no such file yet, or a sound one
+                raise
+            record, damaged = None, True
         if not self.home.exists():
             return
-        if record is None and any(file != self._lock for file in self.home.iterdir()):
+        if record is None and not damaged and any(file != self._lock for file in self.home.iterdir()):
             raise ConfigError(self.home, "holds no stack; delete it by hand if it is to go", "--home")
         with self._alone():  # an `up` that has recorded nothing yet holds it, too
-            self._stop_all()
+            if damaged:
+                stop(working_in(self.home), grace_s=_STOP_GRACE_S)
+            else:
+                self._stop_all()
             shutil.rmtree(self.home)
 
     def _stop_all(self) -> None:
@@ -362,7 +374,9 @@ class LaptopStack:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise LocalServiceError("laptop", f"another command is starting or stopping the stack in {self.home}") from None
+                raise ConflictError(
+                    f"another command is starting or stopping the stack in {self.home}; let it finish, then run this one again"
+                ) from None
             yield
 
     @contextmanager
@@ -384,7 +398,11 @@ def _read(home: Path) -> _Record | None:
     except OSError as error:
         raise _unusable(home, error) from error
     except msgspec.DecodeError as error:
-        raise LocalServiceError("laptop", f"{_file(home)} is damaged: {error}") from error
+        raise ConfigError(
+            _file(home),
+            f"is damaged: {error}; put a copy of it back if you have one, or delete the stack with all its data: "
+            f"labelloop down --erase --home {shlex.quote(str(home))}",
+        ) from error
 
 
 def _unusable(home: Path, error: OSError) -> ConfigError:
