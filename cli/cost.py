@@ -30,6 +30,7 @@ from labelloop.errors import ConfigError
 from labelloop.messages import RANGE
 from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.policy import due_at
+from labelloop.wording import counted
 
 PRICES = Path(__file__).with_name("prices.toml")
 
@@ -450,7 +451,7 @@ def _buckets(work: Work, _: Sequence[Resource]) -> Iterator[Part]:
     yield (
         "s3.stored",
         usage.months * len(work.models) * gb,
-        f"of a model {usage.images:,} images of {usage.image_kb:g} kB, {_ARTIFACTS_GB} GB of versions and runs",
+        f"of a model {counted(usage.images, 'image')} of {usage.image_kb:g} kB, {_ARTIFACTS_GB} GB of versions and runs",
     )
     yield "s3.write", work.labels + work.trainings * _TRAINING_PUTS, "uploads; what a training writes"
     reads = work.predictions * _PREDICTION_GETS + work.labels * _LABEL_GETS + work.trainings * 2 * usage.images
@@ -578,7 +579,7 @@ def report(
     for config in models:
         units[f"a training of {config.name}"] = more(config, trainings=1)
         number = trainings(config, 1000)
-        units[f"the first 1,000 labels of {config.name} and their {number} trainings"] = more(
+        units[f"the first 1,000 labels of {config.name} and their {counted(number, 'training')}"] = more(
             config, labels=1000, trainings=number
         )
     idle, used, machines = month(unused), month(usage), alternative(prices)

@@ -28,6 +28,7 @@ from labelloop.errors import ConflictError, ImageError, LabelStudioError
 from labelloop.label_studio.client import KnownTask, LabelStudioClient
 from labelloop.model_config import ModelFolder
 from labelloop.records import Region
+from labelloop.wording import counted
 
 _UPLOADED_AT_ONCE = 16
 _INGEST = timedelta(minutes=15)  # an object older than that without a task has been lost on the way to Label Studio
@@ -136,13 +137,16 @@ def show(report: Report, console: Console) -> None:
     would = "would be " if report.dry_run else ""
     say(f"{would}uploaded {report.uploaded:,}, already there {report.already_there:,}, refused {len(report.refused):,}")
     if report.copies:
-        say(f"{len(report.copies):,} files are copies of others: the task of the same content counts for both")
+        copies = counted(len(report.copies), "file is a copy", "files are copies")
+        say(f"{copies} of another: the task of the same content counts for both")
     if report.sent_again:
-        say(f"{report.sent_again:,} lay there without a task and {would or 'were '}sent to Label Studio again")
+        were = would or ("was " if report.sent_again == 1 else "were ")
+        say(f"{report.sent_again:,} lay there without a task and {were}sent to Label Studio again")
     if report.deleted:
         say(f"{report.deleted:,} had a task that was deleted in Label Studio; --restore-deleted makes it anew")
     if report.annotated or report.already_annotated:
-        say(f"{would}annotated {report.annotated:,}, left alone {report.already_annotated:,} that have an annotation")
+        alone = counted(report.already_annotated, "that has", "that have")
+        say(f"{would}annotated {report.annotated:,}, left alone {alone} an annotation")
     for name, reason in report.refused.items():
         say(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}")
     for note in report.notes:
@@ -363,7 +367,8 @@ def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mappi
         for task in forgotten:
             label_studio.count_anew(made[task])
     raise LabelStudioError(
-        f"Label Studio keeps counting no annotation of {len(forgotten):,} tasks that were annotated, {forgotten[0]} among them; "
+        f"Label Studio keeps counting no annotation of {counted(len(forgotten), 'task that was', 'tasks that were')} "
+        f"annotated, {forgotten[0]} among them; "
         "open them there and update their annotations, or no training will see them"
     )
 
@@ -404,6 +409,7 @@ def _reason(error: Exception) -> str:
 
 def _stalled(missing: int, seconds: float) -> str:
     return (
-        f"{missing:,} images have become no task, and none has for {seconds:.0f} s; look at the log of the function ingest and "
+        f"{counted(missing, 'image has', 'images have')} become no task, and none has for {seconds:.0f} s; look "
+        "at the log of the function ingest and "
         "its queue's dead letters. Then run the same command again: it goes on where it stopped"
     )

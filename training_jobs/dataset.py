@@ -22,6 +22,7 @@ from labelloop import artifacts, imaging, problem_types
 from labelloop.errors import AnnotationError, ImageError, LabelloopError, StorageError
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
+from labelloop.wording import counted
 from training_jobs.cache import Cache, recipe
 from training_jobs.job import Phases, TrainingJob
 
@@ -160,7 +161,7 @@ def _manifest(job: TrainingJob) -> list[ManifestRow]:
 def _check(rows: Sequence[ManifestRow], config: ModelConfig) -> None:
     named = [(row.image, region.label) for row in rows for region in row.regions]
     unknown = [f"{image} is {label!r}" for image, label in dict.fromkeys(named) if label not in config.classes]
-    _raise_all(AnnotationError, "annotations name no class of config.yaml", unknown)
+    _raise_all(AnnotationError, "of the annotations cannot be used, as config.yaml has no such class", unknown)
     metric = METRIC_TITLES[problem_types.of(config.problem_type).metric]
     purposes: dict[Split, tuple[str, str]] = {
         "train": ("the train split", "nothing can be learnt"),
@@ -169,10 +170,10 @@ def _check(rows: Sequence[ManifestRow], config: ModelConfig) -> None:
     for split, (place, so) in purposes.items():
         regions = [row.regions for row in rows if row.split == split]
         if not regions:
-            raise AnnotationError(f"none of the {len(rows)} annotated images falls into {place}, so {so}; annotate more")
+            raise AnnotationError(f"none of {counted(len(rows), 'annotated image')} falls into {place}, so {so}; annotate more")
         if not any(regions):
             raise AnnotationError(
-                f"nothing is annotated in any of the {len(regions)} images of {place}, so {so}; annotate more that show a class"
+                f"nothing is annotated in {place} ({counted(len(regions), 'image')}), so {so}; annotate more that show a class"
             )
 
 

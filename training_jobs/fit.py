@@ -31,6 +31,7 @@ from labelloop import problem_types
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard, Region
+from labelloop.wording import counted
 from training_jobs import problem, ranks
 from training_jobs.dataset import Dataset, Examples, Numbers, Pixels
 from training_jobs.export import to_network
@@ -122,7 +123,8 @@ def fit(
     if config.hyperparameters.batch_size < ranks.count():
         raise ConfigError(
             "config.yaml",
-            f"{config.hyperparameters.batch_size} images cannot be shared by the {ranks.count()} GPUs of the training instance; "
+            f"{counted(config.hyperparameters.batch_size, 'image')} cannot be shared by the {ranks.count()} GPUs of the training "
+            "instance; "
             "raise it, or take a smaller training.instance_type",
             "hyperparameters.batch_size",
         )

@@ -176,5 +176,5 @@ def test_a_long_reason_fits_sagemaker(run_here: Run, tmp_path: Path) -> None:
     job = OptMl(tmp_path).lay_out(images, rows, job_name="job-wordy")
     assert run_here(job) == 1
     assert job.failure is not None
-    assert job.failure.startswith("40 annotations name no class of config.yaml: ")
+    assert job.failure.startswith("40 of the annotations cannot be used, as config.yaml has no such class: ")
     assert len(job.failure) <= 1024

@@ -466,7 +466,7 @@ def test_an_annotation_that_label_studio_forgets_to_count_is_counted_again() -> 
 
 def test_annotations_that_are_never_counted_are_an_error_with_a_task() -> None:
     fake = Tasks([task(1, "1"), task(2, "2")], forgets={2: 99})
-    with pytest.raises(LabelStudioError, match="no annotation of 1 tasks that were annotated, 2 among them"):
+    with pytest.raises(LabelStudioError, match="no annotation of 1 task that was annotated, 2 among them"):
         annotate(cast(Any, fake), 1, DIGITS, labelled(**{"1": "1", "2": "2"}), lambda: None)
 
 
@@ -646,7 +646,7 @@ def test_a_report_is_said_in_lines() -> None:
     show(report, Console(file=out, width=200))
     assert out.getvalue().splitlines() == [
         "uploaded 1,980, already there 3, refused 1",
-        "1 files are copies of others: the task of the same content counts for both",
+        "1 file is a copy of another: the task of the same content counts for both",
         "annotated 7, left alone 2 that have an annotation",
         "refused [red]x.png: is broken: [bold]",
         "note [b].csv annotates nothing",
