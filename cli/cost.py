@@ -166,12 +166,14 @@ class Bill(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """US dollars. `idle` and `month` after allowances; `units`, of more work, and `label_studio` before them.
 
-    `label_studio`: a month of the stage's own server, where it has one; in none of the others.
+    `label_studio`: a month of the stage's own server, where it has one; in none of the others. `region`: whose prices these are;
+    `stage_region`: where the stage lies by stages.yaml, whose prices may differ; None where that of the credentials counts.
     """
 
     stage: str
     models: list[str]
     region: str
+    stage_region: str | None
     checked: datetime.date
     usage: Usage
     idle: Bill
@@ -560,7 +562,12 @@ def alternative(prices: PriceTable) -> Bill:
 
 
 def report(
-    models: Sequence[ModelConfig], resources: Mapping[str, Resource], usage: Usage, prices: PriceTable, stage: str
+    models: Sequence[ModelConfig],
+    resources: Mapping[str, Resource],
+    usage: Usage,
+    prices: PriceTable,
+    stage: str,
+    stage_region: str | None,
 ) -> Report:
     """All that the command says of a stage with these models. Raises `ConfigError` where something has no price."""
 
@@ -588,6 +595,7 @@ def report(
         stage=stage,
         models=[config.name for config in models],
         region=prices.region,
+        stage_region=stage_region,
         checked=prices.checked,
         usage=usage,
         idle=idle,
@@ -630,7 +638,8 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, facts: St
 
 def show(report: Report, console: Console) -> None:
     """For a person: each bill as a table, the comparison, and what to make of it."""
-    console.print(f"stage {report.stage}, {report.region}, models: {', '.join(report.models)}", highlight=False, soft_wrap=True)
+    head = f"stage {report.stage}, prices of {report.region}, models: {', '.join(report.models)}"
+    console.print(head, highlight=False, soft_wrap=True)
     works = report.usage.works
     title = "a month with this work" if works else "an idle month"
     console.print(_table(title, report.month.lines, report.month.total))
@@ -652,6 +661,16 @@ def show(report: Report, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if elsewhere := of_another_region(report.region, report.stage_region):
+        console.print(f"[yellow]{elsewhere}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def of_another_region(priced: str, stage_region: str | None) -> str:
+    """What is to be said where a stage may not cost what was reckoned; nothing where it lies in the priced region."""
+    if stage_region == priced:
+        return ""
+    where = f"the stage lies in {stage_region}" if stage_region else "stages.yaml does not say where the stage lies"
+    return f"These are prices of {priced}, the only ones known, and {where}: other regions' differ."
 
 
 def _table(title: str, lines: Sequence[Line], total: float) -> Table:

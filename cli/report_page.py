@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cli.cost import dollars
+from cli.cost import dollars, of_another_region
 from cli.report import ChampionReport, Estimate, Measured, Report
 from cli.status import Status, Version, how_far, moment, points
 from cli.training_job import TRAINING
@@ -193,6 +193,7 @@ def _cost(estimate: Estimate) -> dict[str, Any]:
         ],
         "stage": estimate.stage,
         "region": estimate.region,
+        "elsewhere": of_another_region(estimate.region, estimate.stage_region),
         "checked": str(estimate.checked),
     }  # fmt: skip
 
