@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -312,28 +312,32 @@ def annotate(
 ) -> Annotated:
     """Annotate the tasks of images, SHA-256 → classes, as they appear; `done` hears of each. Those with an annotation stay.
 
-    At the end all that were annotated count as annotated in Label Studio (see `_have_all_counted`). Raises `LabelStudioError`,
-    also when for `stalled_s` seconds none of the missing tasks has appeared.
+    At the end all of them that have one, of an earlier run that was interrupted, too, count as annotated in Label Studio (see
+    `_have_all_counted`). Raises `LabelStudioError`, also when for `stalled_s` seconds none of the missing tasks has appeared.
     """
     result, waiting = Annotated(), dict(labels)
     kind, label_config = problem_types.of(folder.config.problem_type), folder.label_config
     last, progressed = 0, time.monotonic()
     restarted = progressed
-    made: dict[int, int] = {}  # task → annotation
+    ours: set[int] = set()
 
     def one(known: tuple[KnownTask, tuple[str, ...]]) -> None:
         task, classes = known
-        if not task.annotations:
-            regions = [Region(label=label) for label in classes]
-            made[task.id] = label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
+        regions = [Region(label=label) for label in classes]
+        label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
         done()
 
     while waiting:
         page = label_studio.tasks_after(project, last, label_config.data_key, limit=_PAGE)
         found = [(task, waiting.pop(task.sha256)) for task in page if task.sha256 in waiting]
-        _in_parallel(one, found, _ANNOTATED_AT_ONCE)
-        result.now += sum(not task.annotations for task, _ in found)
-        result.before += sum(task.annotations > 0 for task, _ in found)
+        uncounted = _annotations(label_studio, project, [task.id for task, _ in found if not task.annotations])
+        new = [(task, classes) for task, classes in found if not task.annotations and task.id not in uncounted]
+        for _ in range(len(found) - len(new)):
+            done()
+        _in_parallel(one, new, _ANNOTATED_AT_ONCE)
+        ours |= {task.id for task, _ in found}
+        result.now += len(new)
+        result.before += len(found) - len(new)
         moment = time.monotonic()
         if found:
             progressed = moment
@@ -345,13 +349,13 @@ def annotate(
             if moment - restarted > _AGAIN_SECONDS:
                 last, restarted = 0, moment
             time.sleep(_LOOK_SECONDS)
-    if made:
-        _have_all_counted(label_studio, project, made)
+    if ours:
+        _have_all_counted(label_studio, project, ours)
     return result
 
 
-def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mapping[int, int]) -> None:
-    """See to it that tasks count as annotated whose annotations (task → annotation) were just made.
+def _have_all_counted(label_studio: LabelStudioClient, project: int, tasks: set[int]) -> None:
+    """See to it that those of the tasks count as annotated that have an annotation, now or of a run that was interrupted.
 
     Label Studio counts the annotations of tasks that it imports last of all, and in between reading and writing a count, which
     may wait for a locked database, somebody can annotate the task: it then has an annotation and counts none, so that no
@@ -359,18 +363,24 @@ def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mappi
     """
     for attempt in range(_COUNTS + 1):
         time.sleep(_SETTLED_SECONDS)
-        forgotten = [task for task in _unlabelled(label_studio, project, min(made), max(made)) if task in made]
+        without = [task for task in _unlabelled(label_studio, project, min(tasks), max(tasks)) if task in tasks]
+        forgotten = _annotations(label_studio, project, without)
         if not forgotten:
             return
         if attempt == _COUNTS:
             break
-        for task in forgotten:
-            label_studio.count_anew(made[task])
+        for annotation in forgotten.values():
+            label_studio.count_anew(annotation)
     raise LabelStudioError(
         f"Label Studio keeps counting no annotation of {counted(len(forgotten), 'task that was', 'tasks that were')} "
-        f"annotated, {forgotten[0]} among them; "
+        f"annotated, {min(forgotten)} among them; "
         "open them there and update their annotations, or no training will see them"
     )
+
+
+def _annotations(label_studio: LabelStudioClient, project: int, tasks: Sequence[int]) -> dict[int, int]:
+    """An annotation of each of the tasks that has one, whatever Label Studio counts: task → annotation."""
+    return {task.id: task.annotations[0].id for task in label_studio.annotations_of(project, tasks)}
 
 
 def _unlabelled(label_studio: LabelStudioClient, project: int, first: int, last: int) -> Iterator[int]:

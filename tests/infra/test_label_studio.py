@@ -386,6 +386,7 @@ def test_its_bill_stands_apart_and_has_every_resource(with_label_studio: dict[st
         Usage(labels=1000),
         prices,
         "prod",
+        "us-east-1",
     )
     assert without.label_studio is None
     assert found.idle.total < without.idle.total, "the schedule comes more rarely"
