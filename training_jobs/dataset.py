@@ -36,21 +36,30 @@ _LISTED = 10  # problems named in full; the rest is counted
 
 @dataclass(frozen=True)
 class Examples:
-    """The images of one split, ordered by content hash: `pixels` uint8 `[N, height, width, channels]`.
+    """The images of one split, ordered by content hash, or some of them.
 
-    A part of a split has all its pixels, which stay mapped; `numbers` tell which of them belong to the part's rows.
+    `mapped`: uint8 `[N, height, width, channels]`, those of the whole split, which stay mapped; `numbers` tell which of them
+    belong to the rows, where not all do.
     """
 
     rows: list[ManifestRow]
-    pixels: Pixels
+    mapped: Pixels
     numbers: Numbers | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def pixels(self) -> Pixels:
+        """The rows' own. Of some of a split a copy, for which memory may be too small."""
+        return self.mapped if self.numbers is None else self.mapped[self.numbers]
+
     def part(self, numbers: Sequence[int]) -> Examples:
-        """Some of a whole split's."""
-        return Examples([self.rows[number] for number in numbers], self.pixels, np.array(numbers, dtype=np.int64))
+        """Some of these."""
+        own = np.array(numbers, dtype=np.int64)
+        return Examples(
+            [self.rows[number] for number in numbers], self.mapped, own if self.numbers is None else self.numbers[own]
+        )
 
     @property
     def measurable(self) -> bool:

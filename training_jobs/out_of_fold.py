@@ -91,9 +91,9 @@ def _examined(
     fresh, augment = network.build(folder, weights)
     if features is not None:
         probe.start(fresh, folder, others, features)
-    nothing = Examples([], others.pixels[:0])
+    nothing = Examples([], others.mapped[:0])
     trained = fit(fresh, Dataset(others, nothing, nothing), config, card, augment, checkpoint, _note)
-    return list(candidates_of(kind.heads(trained), own.pixels, card, own.numbers))
+    return list(candidates_of(kind.heads(trained), own.mapped, card, own.numbers))
 
 
 def _note(epoch: Epoch) -> None:

@@ -122,7 +122,7 @@ def train_along(job: TrainingJob, models: ModelConfigs) -> None:
     for examples, config, card, checkpoint in ranks.shared():
         make_repeatable(config.hyperparameters.seed, exact=problem.of(config.problem_type).exact)
         fresh, augment = network.build(folder, architectures.fetch(config, job.weights(uri) if uri else None))
-        nothing = Examples([], examples.pixels[:0])
+        nothing = Examples([], examples.mapped[:0])
         fit(fresh, Dataset(examples, nothing, nothing), config, card, augment, checkpoint, lambda _: None)
 
 
