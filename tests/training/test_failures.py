@@ -124,7 +124,7 @@ def odd_hyperparameter(case: Case) -> None:
         (outside, "does not lie under images/digits/"),
         (another_model, "s3://images/images/faces/a.png does not lie under images/digits/"),
         (unknown_label, "is 'ten'"),
-        (nothing_to_train, "none of the 40 annotated images falls into the train split"),
+        (nothing_to_train, "none of 40 annotated images falls into the train split"),
         (no_holdout, "accuracy cannot be measured"),
         (other_manifest, "the manifest is not the snapshot"),
         (champion_without_version, "champion_version is empty, but the champion channel holds a model"),
