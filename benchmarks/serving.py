@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -638,18 +639,25 @@ def play(
     oversampling: float,
     title: str,
 ) -> None:
+    """A round: in each scenario the contestants and the limit have a turn, in an order drawn anew."""
+
+    def reach_limit(scenario: Scenario) -> None:
+        limit = limit_ms(python, folder, scenario.kind, scenario.size, oversampling)
+        figures.limits.setdefault(scenario.title, []).append(limit)
+
+    def compete(contestant: Contestant, scenario: Scenario) -> None:
+        if scenario not in contestant.rounds:
+            measure(contestant, scenario, 1)  # the warm-up
+        contestant.rounds.setdefault(scenario, []).append(measure(contestant, scenario, scenario.requests))
+
     for scenario in wanted:
         note(f"{title}: {scenario.title}")
         urllib.request.urlopen(f"http://{LOOPBACK}:{store}/latency/{scenario.latency_ms}").read()
-        playing: list[Contestant | None] = [contestant for contestant in contestants if contestant.plays(scenario)]
-        for contestant in random.sample([*playing, None], len(playing) + 1):
-            if contestant is None:  # the limit's turn
-                limit = limit_ms(python, folder, scenario.kind, scenario.size, oversampling)
-                figures.limits.setdefault(scenario.title, []).append(limit)
-                continue
-            if scenario not in contestant.rounds:
-                measure(contestant, scenario, 1)  # the warm-up
-            contestant.rounds.setdefault(scenario, []).append(measure(contestant, scenario, scenario.requests))
+        turns: list[Callable[[Scenario], None]] = [reach_limit]
+        turns += [partial(compete, contestant) for contestant in contestants if contestant.plays(scenario)]
+        random.shuffle(turns)
+        for turn in turns:
+            turn(scenario)
 
 
 def summarise(contestants: list[Contestant], wanted: list[Scenario], figures: Figures) -> None:

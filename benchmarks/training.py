@@ -33,11 +33,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from benchmarks import note
+
+if TYPE_CHECKING:
+    from training_jobs.fit import Epoch
 
 _PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
 _DETAIL = (90, 220)  # pixels of a photograph that a detail is wide
@@ -172,7 +175,7 @@ def ours(task: Task) -> Result:
     def done(epoch: Epoch) -> None:
         epochs.append(epoch)
         used.append(_cpu_seconds() - began)
-        say_epoch(task.title, task, epoch.number, reading + sum(each.seconds for each in epochs), epoch.validation or 0.0)
+        say_epoch(task.title, task, epoch.number, reading + sum(each.seconds for each in epochs), held_out(epoch))
 
     trained = fit(fresh, data, config, card, augment, _place(task) / "checkpoint.pt", done)
     watch.stop()
@@ -191,10 +194,17 @@ def ours(task: Task) -> Result:
         cpu_seconds_per_image=(watch.cpu - len(epochs) * measuring.cpu) / images,
         waiting=sum(epoch.waited for epoch in epochs) / sum(spent),
         curve=[
-            Point(reading + sum(spent[: epoch.number]), cpu - epoch.number * measuring.cpu, epoch.validation or 0.0)
+            Point(reading + sum(spent[: epoch.number]), cpu - epoch.number * measuring.cpu, held_out(epoch))
             for epoch, cpu in zip(epochs, used, strict=True)
         ],
     )
+
+
+def held_out(epoch: Epoch) -> float:
+    """The share of the held-out images right after an epoch. Raises `ValueError` where nothing was measured: that is no 0 %."""
+    if epoch.validation is None:
+        raise ValueError(f"nothing was measured after epoch {epoch.number}: no image is held out")
+    return epoch.validation
 
 
 def reference(task: Task) -> Result:

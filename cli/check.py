@@ -26,6 +26,7 @@ from labelloop.label_studio.label_config import LabelConfig
 from labelloop.model_config import ModelConfig, ModelConfigs, ModelFolder
 from labelloop.problem_types import PROBLEM_TYPES
 from labelloop.records import ProblemTypeName
+from labelloop.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -182,7 +183,7 @@ def _contradictions(folder: ModelFolder, titles: Mapping[str, str]) -> Iterator[
         if config.retrain.at[0] < least:
             yield ConfigError(
                 file,
-                f"of {config.retrain.at[0]} annotated images none would be {what}; begin with {least} or more",
+                f"of {counted(config.retrain.at[0], 'annotated image')} none would be {what}; begin with {least} or more",
                 "retrain.at",
             )
 
@@ -301,7 +302,9 @@ def _try_detector(config: ModelConfig, network: nn.Module, augment: Callable[...
         _, scores = served.eval()(images[0][None])
     if scores.shape[2] != len(config.classes):
         raise ConfigError(
-            file, f"the detector tells {scores.shape[2]} classes; make it one of len(config.classes) + 1, the background's first"
+            file,
+            f"the detector tells {counted(scores.shape[2], 'class', 'classes')}; make it one of len(config.classes) + 1, "
+            "the background's first",
         )
 
 

@@ -30,6 +30,7 @@ from labelloop.errors import ConfigError
 from labelloop.messages import RANGE
 from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.policy import due_at
+from labelloop.wording import counted
 
 PRICES = Path(__file__).with_name("prices.toml")
 
@@ -165,12 +166,14 @@ class Bill(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """US dollars. `idle` and `month` after allowances; `units`, of more work, and `label_studio` before them.
 
-    `label_studio`: a month of the stage's own server, where it has one; in none of the others.
+    `label_studio`: a month of the stage's own server, where it has one; in none of the others. `region`: whose prices these are;
+    `stage_region`: where the stage lies by stages.yaml, whose prices may differ; None where that of the credentials counts.
     """
 
     stage: str
     models: list[str]
     region: str
+    stage_region: str | None
     checked: datetime.date
     usage: Usage
     idle: Bill
@@ -450,7 +453,7 @@ def _buckets(work: Work, _: Sequence[Resource]) -> Iterator[Part]:
     yield (
         "s3.stored",
         usage.months * len(work.models) * gb,
-        f"of a model {usage.images:,} images of {usage.image_kb:g} kB, {_ARTIFACTS_GB} GB of versions and runs",
+        f"of a model {counted(usage.images, 'image')} of {usage.image_kb:g} kB, {_ARTIFACTS_GB} GB of versions and runs",
     )
     yield "s3.write", work.labels + work.trainings * _TRAINING_PUTS, "uploads; what a training writes"
     reads = work.predictions * _PREDICTION_GETS + work.labels * _LABEL_GETS + work.trainings * 2 * usage.images
@@ -559,7 +562,12 @@ def alternative(prices: PriceTable) -> Bill:
 
 
 def report(
-    models: Sequence[ModelConfig], resources: Mapping[str, Resource], usage: Usage, prices: PriceTable, stage: str
+    models: Sequence[ModelConfig],
+    resources: Mapping[str, Resource],
+    usage: Usage,
+    prices: PriceTable,
+    stage: str,
+    stage_region: str | None,
 ) -> Report:
     """All that the command says of a stage with these models. Raises `ConfigError` where something has no price."""
 
@@ -578,7 +586,7 @@ def report(
     for config in models:
         units[f"a training of {config.name}"] = more(config, trainings=1)
         number = trainings(config, 1000)
-        units[f"the first 1,000 labels of {config.name} and their {number} trainings"] = more(
+        units[f"the first 1,000 labels of {config.name} and their {counted(number, 'training')}"] = more(
             config, labels=1000, trainings=number
         )
     idle, used, machines = month(unused), month(usage), alternative(prices)
@@ -587,6 +595,7 @@ def report(
         stage=stage,
         models=[config.name for config in models],
         region=prices.region,
+        stage_region=stage_region,
         checked=prices.checked,
         usage=usage,
         idle=idle,
@@ -629,7 +638,8 @@ def synthesize(models: ModelConfigs, names: Sequence[str], stage: str, facts: St
 
 def show(report: Report, console: Console) -> None:
     """For a person: each bill as a table, the comparison, and what to make of it."""
-    console.print(f"stage {report.stage}, {report.region}, models: {', '.join(report.models)}", highlight=False, soft_wrap=True)
+    head = f"stage {report.stage}, prices of {report.region}, models: {', '.join(report.models)}"
+    console.print(head, highlight=False, soft_wrap=True)
     works = report.usage.works
     title = "a month with this work" if works else "an idle month"
     console.print(_table(title, report.month.lines, report.month.total))
@@ -651,6 +661,16 @@ def show(report: Report, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if elsewhere := of_another_region(report.region, report.stage_region):
+        console.print(f"[yellow]{elsewhere}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def of_another_region(priced: str, stage_region: str | None) -> str:
+    """What is to be said where a stage may not cost what was reckoned; nothing where it lies in the priced region."""
+    if stage_region == priced:
+        return ""
+    where = f"the stage lies in {stage_region}" if stage_region else "stages.yaml does not say where the stage lies"
+    return f"These are prices of {priced}, the only ones known, and {where}: other regions' differ."
 
 
 def _table(title: str, lines: Sequence[Line], total: float) -> Table:

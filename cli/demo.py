@@ -35,6 +35,7 @@ from labelloop.errors import LabelloopError, LocalServiceError, ServiceError
 from labelloop.label_studio.payloads import Annotation
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.records import METRIC_TITLES, ManifestRow, Metric, Promotion, Region, version_string
+from labelloop.wording import counted
 from local.stack import Addresses, LaptopStack, held
 
 _ANNOTATORS = 2  # at once; Label Studio on SQLite writes one at a time anyway
@@ -90,7 +91,7 @@ class Demo:
     def run(self, *, linger: Callable[[], None] | None, report: Path | None) -> Report:
         """Start clean, turn the loop, show where to look, `linger` if asked to, and stop everything, whatever happens.
 
-        Raises `LocalServiceError` when another demo runs in the folder, which is left alone then.
+        Raises `ConflictError` when another demo runs in the folder, which is left alone then.
         """
         lock = self._home.with_name(f"{self._home.name}.lock")  # not in the folder, which is emptied
         with held(lock, f"another demo runs in {self._home}; end it with Ctrl-C there, or name another folder: --home FOLDER"):
@@ -152,7 +153,7 @@ class Demo:
             images = [(example.name, partial(bytes, example.image)) for example in data]
             refused = upload(deployment.images, folder.config.images_prefix, images, lambda _name, _why: steps.advance()).refused
         for name, why in refused.items():
-            raise ServiceError(f"{len(refused)} images were refused: {name}: {why}")
+            raise ServiceError(f"{counted(len(refused), 'image was', 'images were')} refused: {name}: {why}")
 
     def _wait_for_tasks(self, deployment: Deployment, project: int, expected: int) -> None:
         with Steps(self._console, "images become tasks", expected) as steps, self._progressing("ingest") as progress:
@@ -161,7 +162,7 @@ class Demo:
                 progress(tasks)
             steps.reach(tasks)
         if tasks > expected:
-            raise ServiceError(f"{expected} images became {tasks} tasks")
+            raise ServiceError(f"{counted(expected, 'image')} became {counted(tasks, 'task')}")
 
     def _wait_for_version(self, deployment: Deployment, annotations: int) -> Promotion:
         """Wait for the verdict about the training with that many annotations, showing how far it is."""
@@ -327,7 +328,7 @@ class Annotator:
     def annotate_up_to(self, count: int, console: Console) -> None:
         """Go on until `count` tasks are annotated in all."""
         if count > len(self.tasks):
-            raise ServiceError(f"there are {len(self.tasks)} images; {count} cannot be annotated")
+            raise ServiceError(f"of {counted(len(self.tasks), 'image')} {count:,} cannot be annotated")
         steps = Steps(console, f"annotating up to {count:,}", count, before=self.annotated)
         with steps, ThreadPoolExecutor(_ANNOTATORS) as pool:
             for annotation in [pool.submit(self._annotate, *task) for task in self.tasks[self.annotated : count]]:
@@ -393,7 +394,7 @@ def _predicted(http: urllib3.PoolManager, access: BackendAccess, images: list[st
     results = answer.json()["results"]
     missing = [result.get("error") for result in results if "result" not in result]
     if missing:
-        raise ServiceError(f"predict left out {len(missing)} of {len(images)} images: {missing[0]}")
+        raise ServiceError(f"predict left out {len(missing):,} of {counted(len(images), 'image')}: {missing[0]}")
     return [_regions(result["result"], folder) for result in results]
 
 
@@ -448,9 +449,9 @@ def draw_boxes(served: Served, file: Path) -> None:
 
 
 def _line(version: Version, metric: Metric) -> str:
-    measured = f"{METRIC_TITLES[metric]} {version.value:6.1%} ({version.holdout_images} holdout images)"
+    measured = f"{METRIC_TITLES[metric]} {version.value:6.1%} ({counted(version.holdout_images, 'holdout image')})"
     served = f"served: {version.served_value:6.1%}{'  champion' if version.champion else ''}"
-    return f"Version {version.version}: {version.annotations:>7,} annotations → {measured:<42} {served}"
+    return f"Version {version.version}: {counted(version.annotations, 'annotation'):>19} → {measured:<42} {served}"
 
 
 def _configs_that_train_at(model: str, counts: list[int], target: Path) -> None:

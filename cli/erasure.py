@@ -38,6 +38,7 @@ from labelloop.label_studio.client import KnownTask
 from labelloop.model_config import ModelFolder
 from labelloop.records import ErasedImage, Erasure, Evaluation, ManifestRow, Shard, Split, now
 from labelloop.registry import Registry, Run
+from labelloop.wording import counted
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MD5 = re.compile(r"[0-9a-f]{32}")  # an entity tag that is one: of an object written by one PUT, without KMS
@@ -581,7 +582,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         names = ", ".join(found.names) or "no file of it is left"
         tasks = ", ".join(map(str, found.tasks)) or "none"
         _line(console, f"{found.sha256[:12]}…  {names}")
-        _line(console, f"  {found.objects} versions in S3, tasks: {tasks}, {_used(found.uses)}")
+        _line(console, f"  {counted(found.objects, 'version')} in S3, tasks: {tasks}, {_used(found.uses)}")
     for image in plan.unknown:
         _line(console, f"{image}: nothing of it is here")
     for at in plan.unfinished:
@@ -597,8 +598,9 @@ def show(erased: Erased, console: Console) -> None:
     """What was erased, what was not, and what follows for the versions."""
     _line(
         console,
-        f"erased: {erased.objects} versions in S3, {erased.tasks} tasks with annotations and predictions, "
-        f"{erased.records} records of the ledger, and what {erased.files} manifests, reports and archives said of it",
+        f"erased: {counted(erased.objects, 'version')} in S3, {counted(erased.tasks, 'task')} with annotations and predictions, "
+        f"{counted(erased.records, 'record')} of the ledger, and what manifests, "
+        f"reports and archives said of it ({counted(erased.files, 'file')})",
     )
     for found in erased.images:
         _line(console, f"{found.sha256}: {_used(found.uses)}")

@@ -41,6 +41,7 @@ from labelloop.records import (
     version_number,
     version_string,
 )
+from labelloop.wording import counted
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LISTED = 10  # lines of a long list; --json has the rest
@@ -474,7 +475,7 @@ def _show_version(found: VersionLineage, console: Console) -> None:
     if found.metric:
         against = f", {in_points(found.difference)} against version {found.compared_with}" if found.difference else ""
         title = METRIC_TITLES[found.metric]
-        _line(console, "measured", f"{title} {found.value:.1%} on {found.holdout_images:,} holdout images{against}")
+        _line(console, "measured", f"{title} {found.value:.1%} on {counted(found.holdout_images, 'holdout image')}{against}")
     _line(console, "trained by", f"{found.job_name}, {found.job_status}, {found.started_at} to {found.ended_at or 'now'}")
     if found.run_id:
         _line(console, "", f"MLflow run {found.run_id}")
@@ -483,15 +484,15 @@ def _show_version(found: VersionLineage, console: Console) -> None:
     _line(
         console,
         "from",
-        f"{total:,} annotations{by_model}: {data.train:,} trained on, {data.validation:,} validated with, "
+        f"{counted(total, 'annotation')}{by_model}: {data.train:,} trained on, {data.validation:,} validated with, "
         f"{data.test:,} held out; --json lists their ids",
     )
     if data.erased:
-        _line(console, "", f"{data.erased:,} of these images were erased since; their annotations are not named any more")
+        _line(console, "", f"erased since: {counted(data.erased, 'image')}; what was annotated there is not named any more")
     _line(console, "snapshot", data.digest)
     _line(console, "", data.manifest)
     for reason, count in data.left_out.items():
-        _line(console, "left out", f"{count:,} annotated tasks: {reason}")
+        _line(console, "left out", f"{counted(count, 'annotated task')}: {reason}")
     for takeover in found.takeovers:
         came = takeover.version == found.version
         other = takeover.before if came else takeover.version
@@ -527,7 +528,11 @@ def _show_image(found: ImageLineage, console: Console) -> None:
 
 def _show_rebuilt(found: Rebuilt, console: Console) -> None:
     _line(console, "snapshot", f"{found.digest} of version {found.version}", bold=True)
-    _line(console, "rebuilt", f"{found.rebuilt} from the same {found.annotations:,} annotations as Label Studio has them now")
+    _line(
+        console,
+        "rebuilt",
+        f"{found.rebuilt} from the same {counted(found.annotations, 'annotation')} as Label Studio has them now",
+    )
     if found.same:
         _line(console, "", "[green]the same: every annotation is what it was[/green]", markup=True)
         return
@@ -544,7 +549,7 @@ def _show_rebuilt(found: Rebuilt, console: Console) -> None:
         )
     if found.changes:
         count = len(found.changes)
-        _line(console, "", f"[yellow]another one: {count:,} annotations are no longer what they were[/yellow]", markup=True)
+        _line(console, "", f"[yellow]another one: {counted(count, 'annotation')} changed since[/yellow]", markup=True)
     for change in found.changes[:_LISTED]:
         which = f"{change.annotation} of task {change.task} ({change.image})" if change.annotation else change.image
         _line(console, "", f"{which}: {change.what}")

@@ -139,12 +139,12 @@ def down(
     from local.stack import LaptopStack
 
     stack = LaptopStack(home.resolve(), model_configs=Path("model_configs"), report=_say)
-    if not stack.pids():
-        _say("laptop", f"nothing runs in {home}")
     if erase:
         stack.erase()
-    else:
-        stack.down()
+        return
+    if not stack.pids():
+        _say("laptop", f"nothing runs in {home}")
+    stack.down()
 
 
 @_command('create-new-model --model pets --problem-type classification --classes "Cat,Dog"')
@@ -258,8 +258,9 @@ def cost(
         predict_ms=predict_ms,
         spot_share=spot_share,
     )
-    resources = costs.synthesize(configs, names, stage, read_facts(stage))
-    found = costs.report([configs[name].config for name in names], resources, usage, prices, stage)
+    facts = read_facts(stage)
+    resources = costs.synthesize(configs, names, stage, facts)
+    found = costs.report([configs[name].config for name in names], resources, usage, prices, stage, facts.region)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:

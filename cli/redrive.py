@@ -22,6 +22,7 @@ from rich.table import Table
 
 from cli.deployment import Deployment
 from labelloop.errors import ServiceError
+from labelloop.wording import counted
 
 QueueName = Literal["ingest", "retrain", "promote", "refresh", "prelabel"]
 QUEUES: tuple[QueueName, ...] = get_args(QueueName)
@@ -130,7 +131,7 @@ class _Queue:
             self.moved += arrived
         if sent.get("Failed"):
             said = sent["Failed"][0].get("Message") or sent["Failed"][0].get("Code")
-            raise ServiceError(f"SQS did not take {len(sent['Failed'])} messages for the queue {self.name}: {said}")
+            raise ServiceError(f"SQS did not take {counted(len(sent['Failed']), 'message')} for the queue {self.name}: {said}")
 
     def _release(self, messages: list[dict[str, Any]]) -> None:
         """Let others see them again at once."""
@@ -213,8 +214,8 @@ def show_moved(moved: Sequence[DeadLetters], console: Console) -> None:
     """What was put back."""
     for queue in moved:
         if queue.moved:
-            messages = "message is" if queue.moved == 1 else "messages are"
-            console.print(f"{queue.moved:,} {messages} in the queue {queue.queue} again", highlight=False, soft_wrap=True)
+            back = counted(queue.moved, "message is", "messages are")
+            console.print(f"{back} in the queue {queue.queue} again", highlight=False, soft_wrap=True)
     if not any(queue.moved for queue in moved):
         _say_nothing(moved, console)
 

@@ -68,10 +68,12 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """US dollars, as `labelloop cost MODEL` has them for a stage on AWS with this model alone. Nothing of it was measured there.
 
     `idle`: a month, after allowances; the others before them. `minutes`: of a training, the longest that the config allows.
+    `region`: whose prices these are; `stage_region`: where the stage lies, as far as stages.yaml says.
     """
 
     stage: str
     region: str
+    stage_region: str | None
     checked: datetime.date
     idle: float
     training: float
@@ -195,10 +197,12 @@ def _estimate(configs: ModelConfigs, config: ModelConfig, stage: str, tasks: int
     stage = _PRICED if stage == "local" else stage
     prices = cost.PriceTable.read("us-east-1")
     usage = cost.Usage() if tasks is None else cost.Usage(images=tasks)
-    bills = cost.report([config], cost.synthesize(configs, [config.name], stage, read_facts(stage)), usage, prices, stage)
+    facts = read_facts(stage)
+    bills = cost.report([config], cost.synthesize(configs, [config.name], stage, facts), usage, prices, stage, facts.region)
     return Estimate(
         stage=stage,
         region=bills.region,
+        stage_region=bills.stage_region,
         checked=bills.checked,
         idle=bills.idle.total,
         training=bills.units[f"a training of {config.name}"].total,

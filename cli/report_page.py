@@ -11,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cli.cost import dollars
+from cli.cost import dollars, of_another_region
 from cli.report import ChampionReport, Estimate, Measured, Report
 from cli.status import Status, Version, how_far, moment, points
 from cli.training_job import TRAINING
 from labelloop.records import METRIC_TITLES, Interval, Verdict
+from labelloop.wording import counted
 from training_jobs.calibration import Bin
 from training_jobs.drawing import BAD, BLUE, GOOD, INK, UNSURE, draw_confusion, render, svg
 from training_jobs.evaluation_page import FIGURES
@@ -109,7 +110,7 @@ def _waiting(status: Status) -> str:
         return "No version yet."
     if status.next_training.now:
         return "No version yet; the first training starts at the next look."
-    return f"No version yet; the first training starts at {status.next_training.due_at:,} annotations."
+    return f"No version yet; the first training starts at {counted(status.next_training.due_at, 'annotation')}."
 
 
 def _row(row: Version, its: Measured) -> dict[str, str]:
@@ -165,7 +166,7 @@ def _turnaround(report: Report) -> dict[str, Any] | None:
     training = sum(last.seconds.get(phase, 0.0) for phase in TRAINING)
     return {
         "version": last.version,
-        "annotations": f"{last.annotations:,}",
+        "annotations": counted(last.annotations, "annotation"),
         "job": last.job_name,
         "whole": f"{whole:,.0f} s",
         "beyond": f"{whole - training:,.0f} s",
@@ -185,13 +186,14 @@ def _cost(estimate: Estimate) -> dict[str, Any]:
     spot = "spot" if estimate.spot else "on demand"
     return {
         "lines": [
-            ("an idle month", dollars(estimate.idle), f"with {estimate.images:,} images, after AWS's allowances"),
+            ("an idle month", dollars(estimate.idle), f"with {counted(estimate.images, 'image')}, after AWS's allowances"),
             ("a training", dollars(estimate.training), f"at most {estimate.minutes:,} minutes of {estimate.instance}, {spot}"),
             ("1,000 predictions", dollars(estimate.thousand_predictions), "for annotators who open tasks"),
             ("instead, a month", dollars(estimate.always_on), "machines that always run: backend, MLflow, GPU"),
         ],
         "stage": estimate.stage,
         "region": estimate.region,
+        "elsewhere": of_another_region(estimate.region, estimate.stage_region),
         "checked": str(estimate.checked),
     }  # fmt: skip
 
@@ -252,7 +254,7 @@ def _confusion(champion: ChampionReport) -> Markup:
     most = max((count for row in matrix for count in row), default=0)
     draw_confusion(figure.subplots(), matrix, "", names, most)
     right = sum(matrix[number][number] for number in range(len(matrix)))
-    return svg(figure, "confusion", f"confusion matrix: {right:,} of {champion.holdout_images:,} holdout images are right")
+    return svg(figure, "confusion", f"confusion matrix: {right:,} of {counted(champion.holdout_images, 'holdout image')} right")
 
 
 def _reliability(bins: Sequence[Bin]) -> Markup:

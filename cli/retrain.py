@@ -23,6 +23,7 @@ from labelloop.errors import ServiceError, TrainingServiceError
 from labelloop.model_config import ModelFolder
 from labelloop.records import METRIC_TITLES, Answer, Interval, Metric, Promotion, Training, Verdict
 from labelloop.retrain import ASKED
+from labelloop.wording import counted
 
 Say = Callable[[str], None]
 State = Literal["asked", "nothing new", "judged"]
@@ -92,7 +93,7 @@ class _Request:
         if training is None:
             return self._outcome("nothing new", reason)
         job = training.job
-        self._say(f"{job.job_name}: {job.n_annotations:,} annotations")
+        self._say(f"{job.job_name}: {counted(job.n_annotations, 'annotation')}")
         return self._judged(self._verdict(job.job_name))
 
     def _send(self) -> None:
@@ -183,7 +184,7 @@ def show(done: Retrained, console: Console) -> None:
     if done.state == "judged":
         lines = [f"version {done.version} of {done.model}: {done.verdict}; {done.reason}"]
         if done.metric:
-            lines.append(f"{METRIC_TITLES[done.metric]} {done.value:.1%} on {done.holdout_images:,} holdout images")
+            lines.append(f"{METRIC_TITLES[done.metric]} {done.value:.1%} on {counted(done.holdout_images or 0, 'holdout image')}")
         lines.append(f"version {done.champion} serves" if done.champion else "no version serves yet")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

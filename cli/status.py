@@ -38,6 +38,7 @@ from labelloop.records import (
     Verdict,
     version_string,
 )
+from labelloop.wording import counted
 
 _TAKEOVERS = 3  # shown; --json has all
 _REASONS = 3  # versions whose verdict is explained
@@ -192,7 +193,7 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
         coming = NextTraining(due_at=decision.due_at, now=decision.train, reason=decision.reason)
         found = head.left_out if decision.train else None
         if found and found.annotated == work.annotated:  # the last look counted the same, and looked closer
-            usable = f"{found.usable:,} of {found.annotated:,} annotated tasks can be trained on"
+            usable = f"{found.usable:,} of {counted(found.annotated, 'annotated task')} can be trained on"
             coming, left_out = msgspec.structs.replace(coming, now=False, reason=usable), found.reasons
         failed = next((t.job for t in trainings if head.failure and t.job.job_name == head.failure.job_name), None)
         if decision.train and failed and head.failure and not head.failure.no_machine and _annotated(failed) == work.annotated:
@@ -349,7 +350,7 @@ def _of_the_model(status: Status) -> Iterator[_Fact]:
     for row in status.versions[-_REASONS:]:
         yield f"version {row.version}", f"{row.verdict}: {row.reason}", ""
     if status.shadow:
-        seen = f"{status.shadow.tasks:,} tasks predicted by both, {status.shadow.answered:,} answered"
+        seen = f"{counted(status.shadow.tasks, 'task')} predicted by both, {status.shadow.answered:,} answered"
         beside = f"version {status.shadow.version} beside version {status.shadow.champion}"
         yield "in shadow", f"{beside}: {seen}; {status.shadow.so_far}", ""
     for takeover in status.takeovers[:_TAKEOVERS]:
@@ -357,11 +358,12 @@ def _of_the_model(status: Status) -> Iterator[_Fact]:
         text = f"version {takeover.version} took over{before}, {moment(takeover.at)} ({takeover.by}: {takeover.reason})"
         yield "serving", text, ""
     if status.holdout:
-        images, finest = status.holdout.images, f"{100 * status.holdout.resolution:.1f} points"
+        finest = f"{100 * status.holdout.resolution:.1f} points"
+        tell = f"{counted(status.holdout.images, 'image tells', 'images tell')} apart"
         if status.holdout.resolution > _SMALL:
-            yield "holdout", f"{images:,} images tell apart no less than {finest}; annotate more to compare versions", "yellow"
+            yield "holdout", f"{tell} no less than {finest}; annotate more to compare versions", "yellow"
         else:
-            yield "holdout", f"{images:,} images tell apart {finest}", ""
+            yield "holdout", f"{tell} {finest}", ""
 
 
 def _of_the_work(status: Status) -> Iterator[_Fact]:
@@ -369,27 +371,27 @@ def _of_the_work(status: Status) -> Iterator[_Fact]:
     saved = "not measured yet"
     if status.queue.labels_saved:
         share, control = status.queue.labels_saved.share, status.queue.labels_saved.control
-        saved = f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%}), by {control:,} control labels"
+        saved = f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%}), by {counted(control, 'control label')}"
     yield "queue", f"{status.queue.strategy}, {status.queue.control:.0%} at random; labels saved against random: {saved}", ""
     if status.review.open or status.review.settled:
-        yield "review", f"{status.review.open:,} annotations to look at again, {status.review.settled:,} settled", ""
+        yield "review", f"{counted(status.review.open, 'annotation')} to look at again, {status.review.settled:,} settled", ""
     if status.auto_accept:
         yield _auto_accept(status.auto_accept, status.accept_from)
     if status.drift:
         yield _drifted(status.drift)
     if status.annotations is not None:
         predicted = f"; the champion has predicted {status.predicted:,} of the others" if status.champion else ""
-        yield "annotations", f"{status.annotations:,} of {status.tasks:,} tasks{predicted}", ""
+        yield "annotations", f"{status.annotations:,} of {counted(status.tasks or 0, 'task')}{predicted}", ""
 
 
 def _of_the_trainings(status: Status) -> Iterator[_Fact]:
     if status.next_training is not None and not status.running:
-        due = "at the next look" if status.next_training.now else f"at {status.next_training.due_at:,} annotations"
+        due = "at the next look" if status.next_training.now else f"at {counted(status.next_training.due_at, 'annotation')}"
         yield "next training", f"{due} ({status.next_training.reason})", ""
     if status.running:
         far = f", {how_far(status.progress)}" if status.progress else ""
         since = f"since {moment(status.running.started_at)}"
-        yield "running", f"{status.running.job_name}, {status.running.n_annotations:,} annotations, {since}{far}", ""
+        yield "running", f"{status.running.job_name}, {counted(status.running.n_annotations, 'annotation')}, {since}{far}", ""
     if status.versions and (timing := status.versions[-1].timing):
         yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
@@ -428,8 +430,9 @@ def _versions(status: Status) -> Table:
 
 
 def _auto_accept(state: AutoAcceptState, accept_from: float | None) -> _Fact:
-    audit = f"people agree with {state.right:,} of {state.audited:,} audited predictions, {state.waiting:,} wait for them"
-    work = f"{state.accepted:,} annotations are the model's; {audit}"
+    audited, waiting = counted(state.audited, "audited prediction"), counted(state.waiting, "waits", "wait")
+    audit = f"people agree with {state.right:,} of {audited}, {waiting} for them"
+    work = f"{counted(state.accepted, 'annotation is', 'annotations are')} the model's; {audit}"
     if state.off:
         return "auto-accept", f"turned off: {state.off}; {work}", "yellow"
     if accept_from is None:
@@ -442,7 +445,7 @@ def _drifted(found: DriftStatus) -> _Fact:
         return "drift", f"not measured yet, {found.images:,} of {drift.FEWEST:,} images", ""
     text = ", ".join(f"{figure:.1f} ({name})" for name, figure in found.figures.items())
     away = max(found.figures.values()) >= drift.ALARM
-    return "drift", f"{text} over the last {found.images:,} holdout images; 1 is chance", "yellow" if away else ""
+    return "drift", f"{text} over the last {counted(found.images, 'holdout image')}; 1 is chance", "yellow" if away else ""
 
 
 def points(difference: Interval) -> str:

@@ -18,6 +18,7 @@ from labelloop.errors import ConflictError, ModelError, RequestError
 from labelloop.messages import announce
 from labelloop.promotion import pointer
 from labelloop.records import METRIC_TITLES, Champion, Metric, Takeover, VersionJudged
+from labelloop.wording import counted
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def show(outcome: Outcome, console: Console) -> None:
     takeover = outcome.takeover
     done = "an interrupted command is finished: " if outcome.finished else ""
     was = f" instead of version {takeover.before}" if takeover.before else ""
-    measured = f"{METRIC_TITLES[outcome.metric]} {outcome.value:.1%}, {outcome.n_annotations:,} annotations"
+    measured = f"{METRIC_TITLES[outcome.metric]} {outcome.value:.1%}, {counted(outcome.n_annotations, 'annotation')}"
     for line in (
         f"{done}version {takeover.version} of {takeover.model} serves{was} ({measured})",
         f"reason: {takeover.reason}",

@@ -24,6 +24,7 @@ from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.promotion import in_points, unpack
 from labelloop.records import METRIC_TITLES, Interval, Job, Metric, Snapshot, now
 from labelloop.settings import Settings
+from labelloop.wording import counted
 
 type Say = Callable[[str], None]
 
@@ -69,7 +70,7 @@ def train(
     )
     launcher = Launcher(_settings(deployment))
     launcher.start(config, job, champion)
-    say(f"{job.job_name}: {job.n_annotations:,} annotations, {config.training.instance_type}")
+    say(f"{job.job_name}: {counted(job.n_annotations, 'annotation')}, {config.training.instance_type}")
     trial = Trial(
         model=config.name,
         stage=deployment.stage,
@@ -179,7 +180,7 @@ def show(done: Trial, console: Console) -> None:
         versus = f"; to the champion {in_points(done.difference)}" if done.difference else ""
         lines = [
             f"version {done.version} of {done.model} in MLflow: {METRIC_TITLES[done.metric]} {done.value:.1%} "
-            f"on {done.holdout_images:,} holdout images{versus}",
+            f"on {counted(done.holdout_images or 0, 'holdout image')}{versus}",
             "a trial: it does not serve, and the gate was not asked",
         ]
     for line in lines:

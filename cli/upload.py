@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -28,6 +28,7 @@ from labelloop.errors import ConflictError, ImageError, LabelStudioError
 from labelloop.label_studio.client import KnownTask, LabelStudioClient
 from labelloop.model_config import ModelFolder
 from labelloop.records import Region
+from labelloop.wording import counted
 
 _UPLOADED_AT_ONCE = 16
 _INGEST = timedelta(minutes=15)  # an object older than that without a task has been lost on the way to Label Studio
@@ -136,13 +137,16 @@ def show(report: Report, console: Console) -> None:
     would = "would be " if report.dry_run else ""
     say(f"{would}uploaded {report.uploaded:,}, already there {report.already_there:,}, refused {len(report.refused):,}")
     if report.copies:
-        say(f"{len(report.copies):,} files are copies of others: the task of the same content counts for both")
+        copies = counted(len(report.copies), "file is a copy", "files are copies")
+        say(f"{copies} of another: the task of the same content counts for both")
     if report.sent_again:
-        say(f"{report.sent_again:,} lay there without a task and {would or 'were '}sent to Label Studio again")
+        were = would or ("was " if report.sent_again == 1 else "were ")
+        say(f"{report.sent_again:,} lay there without a task and {were}sent to Label Studio again")
     if report.deleted:
         say(f"{report.deleted:,} had a task that was deleted in Label Studio; --restore-deleted makes it anew")
     if report.annotated or report.already_annotated:
-        say(f"{would}annotated {report.annotated:,}, left alone {report.already_annotated:,} that have an annotation")
+        alone = counted(report.already_annotated, "that has", "that have")
+        say(f"{would}annotated {report.annotated:,}, left alone {alone} an annotation")
     for name, reason in report.refused.items():
         say(f"[yellow]refused[/yellow] {escape(name)}: {escape(reason)}")
     for note in report.notes:
@@ -308,28 +312,32 @@ def annotate(
 ) -> Annotated:
     """Annotate the tasks of images, SHA-256 → classes, as they appear; `done` hears of each. Those with an annotation stay.
 
-    At the end all that were annotated count as annotated in Label Studio (see `_have_all_counted`). Raises `LabelStudioError`,
-    also when for `stalled_s` seconds none of the missing tasks has appeared.
+    At the end all of them that have one, of an earlier run that was interrupted, too, count as annotated in Label Studio (see
+    `_have_all_counted`). Raises `LabelStudioError`, also when for `stalled_s` seconds none of the missing tasks has appeared.
     """
     result, waiting = Annotated(), dict(labels)
     kind, label_config = problem_types.of(folder.config.problem_type), folder.label_config
     last, progressed = 0, time.monotonic()
     restarted = progressed
-    made: dict[int, int] = {}  # task → annotation
+    ours: set[int] = set()
 
     def one(known: tuple[KnownTask, tuple[str, ...]]) -> None:
         task, classes = known
-        if not task.annotations:
-            regions = [Region(label=label) for label in classes]
-            made[task.id] = label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
+        regions = [Region(label=label) for label in classes]
+        label_studio.annotate(task.id, kind.result(regions, label_config, task.size), seconds=0)
         done()
 
     while waiting:
         page = label_studio.tasks_after(project, last, label_config.data_key, limit=_PAGE)
         found = [(task, waiting.pop(task.sha256)) for task in page if task.sha256 in waiting]
-        _in_parallel(one, found, _ANNOTATED_AT_ONCE)
-        result.now += sum(not task.annotations for task, _ in found)
-        result.before += sum(task.annotations > 0 for task, _ in found)
+        uncounted = _annotations(label_studio, project, [task.id for task, _ in found if not task.annotations])
+        new = [(task, classes) for task, classes in found if not task.annotations and task.id not in uncounted]
+        for _ in range(len(found) - len(new)):
+            done()
+        _in_parallel(one, new, _ANNOTATED_AT_ONCE)
+        ours |= {task.id for task, _ in found}
+        result.now += len(new)
+        result.before += len(found) - len(new)
         moment = time.monotonic()
         if found:
             progressed = moment
@@ -341,13 +349,13 @@ def annotate(
             if moment - restarted > _AGAIN_SECONDS:
                 last, restarted = 0, moment
             time.sleep(_LOOK_SECONDS)
-    if made:
-        _have_all_counted(label_studio, project, made)
+    if ours:
+        _have_all_counted(label_studio, project, ours)
     return result
 
 
-def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mapping[int, int]) -> None:
-    """See to it that tasks count as annotated whose annotations (task → annotation) were just made.
+def _have_all_counted(label_studio: LabelStudioClient, project: int, tasks: set[int]) -> None:
+    """See to it that those of the tasks count as annotated that have an annotation, now or of a run that was interrupted.
 
     Label Studio counts the annotations of tasks that it imports last of all, and in between reading and writing a count, which
     may wait for a locked database, somebody can annotate the task: it then has an annotation and counts none, so that no
@@ -355,17 +363,24 @@ def _have_all_counted(label_studio: LabelStudioClient, project: int, made: Mappi
     """
     for attempt in range(_COUNTS + 1):
         time.sleep(_SETTLED_SECONDS)
-        forgotten = [task for task in _unlabelled(label_studio, project, min(made), max(made)) if task in made]
+        without = [task for task in _unlabelled(label_studio, project, min(tasks), max(tasks)) if task in tasks]
+        forgotten = _annotations(label_studio, project, without)
         if not forgotten:
             return
         if attempt == _COUNTS:
             break
-        for task in forgotten:
-            label_studio.count_anew(made[task])
+        for annotation in forgotten.values():
+            label_studio.count_anew(annotation)
     raise LabelStudioError(
-        f"Label Studio keeps counting no annotation of {len(forgotten):,} tasks that were annotated, {forgotten[0]} among them; "
+        f"Label Studio keeps counting no annotation of {counted(len(forgotten), 'task that was', 'tasks that were')} "
+        f"annotated, {min(forgotten)} among them; "
         "open them there and update their annotations, or no training will see them"
     )
+
+
+def _annotations(label_studio: LabelStudioClient, project: int, tasks: Sequence[int]) -> dict[int, int]:
+    """An annotation of each of the tasks that has one, whatever Label Studio counts: task → annotation."""
+    return {task.id: task.annotations[0].id for task in label_studio.annotations_of(project, tasks)}
 
 
 def _unlabelled(label_studio: LabelStudioClient, project: int, first: int, last: int) -> Iterator[int]:
@@ -404,6 +419,7 @@ def _reason(error: Exception) -> str:
 
 def _stalled(missing: int, seconds: float) -> str:
     return (
-        f"{missing:,} images have become no task, and none has for {seconds:.0f} s; look at the log of the function ingest and "
+        f"{counted(missing, 'image has', 'images have')} become no task, and none has for {seconds:.0f} s; look "
+        "at the log of the function ingest and "
         "its queue's dead letters. Then run the same command again: it goes on where it stopped"
     )

@@ -28,6 +28,7 @@ from labelloop import aws
 from labelloop.errors import LabelloopError, ServiceError
 from labelloop.model_config import ModelFolder
 from labelloop.records import METRIC_TITLES
+from labelloop.wording import counted
 
 _DRAWN = 2  # times a second
 _BAR = 24  # characters
@@ -136,13 +137,13 @@ class Watch:
         if status.champion:
             champion = status.champion
             serves = f"version {champion.version}: {METRIC_TITLES[champion.metric]} {champion.value:.1%}"
-            yield "champion", Text(f"{serves}, trained on {champion.n_annotations:,} annotations", "green")
+            yield "champion", Text(f"{serves}, trained on {counted(champion.n_annotations, 'annotation')}", "green")
         else:
             yield "champion", Text("none yet", "dim")
         yield from self._work(status)
         if status.running and status.progress:
             done, of = status.progress.epoch or 0, status.progress.epochs
-            yield "training", _bar(done, of, f"{how_far(status.progress)}; {status.running.n_annotations:,} annotations")
+            yield "training", _bar(done, of, f"{how_far(status.progress)}; {counted(status.running.n_annotations, 'annotation')}")
         if status.last_failure:
             yield "failed", Text(f"{status.last_failure.job_name}: {status.last_failure.reason}", "red")
         for problem in status.problems:
@@ -159,7 +160,7 @@ class Watch:
         left = status.tasks - status.annotations
         predicted = f", {status.predicted:,} of them predicted by the champion" if status.champion else ""
         review = f"; {status.review.open:,} to be looked at again" if status.review.open else ""
-        yield "queue", Text(f"{left:,} of {status.tasks:,} tasks open{predicted}{review}")
+        yield "queue", Text(f"{left:,} of {counted(status.tasks, 'task')} open{predicted}{review}")
 
     def _queues(self) -> Panel:
         known, grid = self._traffic, Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

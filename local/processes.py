@@ -167,6 +167,17 @@ def is_running(record: ProcessRecord) -> bool:
     return _leader(record) is not None
 
 
+def working_in(folder: Path) -> list[ProcessRecord]:
+    """What was started here or in a folder below, for want of its records."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone, or not ours to look into
+            marks = process.environ().get(MARK, "").split()
+            if marks and Path(process.cwd()).is_relative_to(folder.resolve()):
+                found.append(ProcessRecord(process.name(), process.pid, process.create_time(), marks[-1], ""))
+    return found
+
+
 def stop(records: Iterable[ProcessRecord], *, grace_s: float) -> None:
     """End these processes and whatever they started: SIGTERM, and SIGKILL after `grace_s` seconds.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
-from labelloop.errors import ConfigError, LocalServiceError
+from labelloop.errors import ConfigError, ConflictError, LocalServiceError
 from labelloop.model_config import ModelConfigs
 from local import emulator
 from local.deploy import Deployment
@@ -40,6 +41,7 @@ from local.processes import (
     is_running,
     start,
     stop,
+    working_in,
 )
 from local.toolchain import find_uv, tool_environment
 
@@ -103,8 +105,8 @@ class _Pending:
 class LaptopStack:
     """One stack, kept in the folder `home`. `report(part, text)` is told what happens.
 
-    Every method that fails raises `LocalServiceError`, which names the part and its log, or `ConfigError` for a `home` that no
-    stack can be, or is, kept in.
+    Every method that fails raises `LocalServiceError`, which names the part and its log, `ConflictError` while another command
+    starts or stops the stack, or `ConfigError` for a `home` that no stack can be, or is, kept in, or whose record is damaged.
     """
 
     def __init__(self, home: Path, *, model_configs: Path, report: Callable[[str, str], None]) -> None:
@@ -118,11 +120,12 @@ class LaptopStack:
     def up(self) -> Addresses:
         """Start what does not run and deploy. After a failure or an interruption, what this call started is stopped again.
 
-        Raises `ConfigError` for a model's wrong config or template before anything is started.
+        Raises `ConfigError` for a model's wrong config or template, or a damaged record, before anything is started.
         """
         configs = ModelConfigs(self._model_configs)
         for name in configs.names:
             _ = configs[name].label_config
+        _read(self.home)
         with self._alone():
             record = _read(self.home) or _Record(ports={}, password=secrets.token_urlsafe(12), token=secrets.token_hex(20))
             self._pending, self._started = {}, []
@@ -148,14 +151,23 @@ class LaptopStack:
             self._stop_all()
 
     def erase(self) -> None:
-        """Stop everything and delete the folder. Refuses a folder that no stack was kept in."""
-        record = _read(self.home)
+        """Stop everything and delete the folder, also where its record is damaged. Refuses a folder that no stack was kept in."""
+        damaged = False
+        try:
+            record = _read(self.home)
+        except ConfigError:
+            if not self._lock.exists():  # which `up` makes where there is no such file yet, or a sound one
+                raise
+            record, damaged = None, True
         if not self.home.exists():
             return
-        if record is None and any(file != self._lock for file in self.home.iterdir()):
+        if record is None and not damaged and any(file != self._lock for file in self.home.iterdir()):
             raise ConfigError(self.home, "holds no stack; delete it by hand if it is to go", "--home")
         with self._alone():  # an `up` that has recorded nothing yet holds it, too
-            self._stop_all()
+            if damaged:
+                stop(working_in(self.home), grace_s=_STOP_GRACE_S)
+            else:
+                self._stop_all()
             shutil.rmtree(self.home)
 
     def _stop_all(self) -> None:
@@ -374,7 +386,8 @@ class LaptopStack:
             self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise _unusable(self.home, error) from error
-        with held(self._lock, f"another command is starting or stopping the stack in {self.home}"):
+        busy = f"another command is starting or stopping the stack in {self.home}; let it finish, then run this one again"
+        with held(self._lock, busy):
             yield
 
     @contextmanager
@@ -386,7 +399,7 @@ class LaptopStack:
 
 @contextmanager
 def held(lock: Path, taken: str) -> Iterator[None]:
-    """Hold a file, which is made where it is missing. Raises `LocalServiceError`, saying `taken`, when another process has it."""
+    """Hold a file, which is made where it is missing. Raises `ConflictError`, saying `taken`, when another process has it."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("w")
@@ -396,7 +409,7 @@ def held(lock: Path, taken: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LocalServiceError("laptop", taken) from None
+            raise ConflictError(taken) from None
         yield
 
 
@@ -412,7 +425,11 @@ def _read(home: Path) -> _Record | None:
     except OSError as error:
         raise _unusable(home, error) from error
     except msgspec.DecodeError as error:
-        raise LocalServiceError("laptop", f"{_file(home)} is damaged: {error}") from error
+        raise ConfigError(
+            _file(home),
+            f"is damaged: {error}; put a copy of it back if you have one, or delete the stack with all its data: "
+            f"labelloop down --erase --home {shlex.quote(str(home))}",
+        ) from error
 
 
 def _unusable(home: Path, error: OSError) -> ConfigError:

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ProblemTypeName
+from labelloop.wording import counted
 
 DEFAULTS: dict[ProblemTypeName, str] = {
     "classification": "mobilenet_v3_large",
@@ -305,7 +306,7 @@ def _try(config: ModelConfig) -> None:
                 models.get_model(name, weights=None, num_classes=len(config.classes))(images)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise _config_error(
-                f"{name} cannot be trained on batches of {size} images of {image.width} × {image.height} pixels: "
+                f"{name} cannot be trained on batches of {counted(size, 'image')} of {image.width} × {image.height} pixels: "
                 f"{str(error).strip().partition('\n')[0]}",
                 "image",
             ) from error

@@ -20,6 +20,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from labelloop import problem_types
 from labelloop.records import Evaluation, Interval, ManifestRow, ModelCard, ProblemTypeName, Region
+from labelloop.wording import counted
 from training_jobs import paired, problem
 from training_jobs.decisions import Flags
 from training_jobs.paired import Floats
@@ -156,8 +157,8 @@ def _precise_share(shares: Floats, right: Flags, precision: float) -> float | No
     least = math.ceil(math.log(1 - _CONFIDENCE) / math.log(precision))
     if len(shares) < least:
         log.info(
-            "%d images that no model saw cannot show a precision of %.1f %%: it takes %d without an error; nothing is accepted",
-            len(shares),
+            "%s that no model saw cannot show a precision of %.1f %%: it takes %d without an error; nothing is accepted",
+            counted(len(shares), "image"),
             100 * precision,
             least,
         )
@@ -167,7 +168,7 @@ def _precise_share(shares: Floats, right: Flags, precision: float) -> float | No
         accepted = shares <= ordered[count - 1]
         hits, images = int(right[accepted].sum()), int(accepted.sum())
         bound = binomtest(hits, images, alternative="greater").proportion_ci(_CONFIDENCE, method="exact").low
-        log.info("the most certain %d images: %d are right, surely %.1f %%", images, hits, 100 * bound)
+        log.info("the most certain %s: %d right, surely %.1f %%", counted(images, "image"), hits, 100 * bound)
         if bound < precision:
             break
         found = float(ordered[count - 1])

@@ -22,6 +22,7 @@ from labelloop import artifacts, imaging, problem_types
 from labelloop.errors import AnnotationError, ImageError, LabelloopError, StorageError
 from labelloop.model_config import ModelConfig
 from labelloop.records import METRIC_TITLES, ManifestRow, ModelCard, Split
+from labelloop.wording import counted
 from training_jobs.cache import Cache, recipe
 from training_jobs.job import Phases, TrainingJob
 
@@ -35,21 +36,30 @@ _LISTED = 10  # problems named in full; the rest is counted
 
 @dataclass(frozen=True)
 class Examples:
-    """The images of one split, ordered by content hash: `pixels` uint8 `[N, height, width, channels]`.
+    """The images of one split, ordered by content hash, or some of them.
 
-    A part of a split has all its pixels, which stay mapped; `numbers` tell which of them belong to the part's rows.
+    `mapped`: uint8 `[N, height, width, channels]`, those of the whole split, which stay mapped; `numbers` tell which of them
+    belong to the rows, where not all do.
     """
 
     rows: list[ManifestRow]
-    pixels: Pixels
+    mapped: Pixels
     numbers: Numbers | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def pixels(self) -> Pixels:
+        """The rows' own. Of some of a split a copy, for which memory may be too small."""
+        return self.mapped if self.numbers is None else self.mapped[self.numbers]
+
     def part(self, numbers: Sequence[int]) -> Examples:
-        """Some of a whole split's."""
-        return Examples([self.rows[number] for number in numbers], self.pixels, np.array(numbers, dtype=np.int64))
+        """Some of these."""
+        own = np.array(numbers, dtype=np.int64)
+        return Examples(
+            [self.rows[number] for number in numbers], self.mapped, own if self.numbers is None else self.numbers[own]
+        )
 
     @property
     def measurable(self) -> bool:
@@ -128,13 +138,18 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
 
 def _room(shape: tuple[int, ...], folder: Path) -> Pixels:
     """An array in a file of the job's disk, which goes with the array."""
-    size, free = math.prod(shape), shutil.disk_usage(folder).free
-    if size > free:  # asked beforehand: a disk that is full later ends the process without a word
-        raise StorageError(
-            f"decoded images take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; raise training.volume_gb in config.yaml"
-        )
+    demand_room(math.prod(shape), folder, "decoded images take")  # a disk that is full later ends the process without a word
     with tempfile.TemporaryFile(dir=folder) as file:
         return np.asarray(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
+
+
+def demand_room(size: int, folder: Path, what: str) -> None:
+    """Raises `StorageError` where so many bytes are not free. `what` takes them, in words: "decoded images take"."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StorageError(
+            f"{what} {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; raise training.volume_gb in config.yaml"
+        )
 
 
 def _manifest(job: TrainingJob) -> list[ManifestRow]:
@@ -155,7 +170,7 @@ def _manifest(job: TrainingJob) -> list[ManifestRow]:
 def _check(rows: Sequence[ManifestRow], config: ModelConfig) -> None:
     named = [(row.image, region.label) for row in rows for region in row.regions]
     unknown = [f"{image} is {label!r}" for image, label in dict.fromkeys(named) if label not in config.classes]
-    _raise_all(AnnotationError, "annotations name no class of config.yaml", unknown)
+    _raise_all(AnnotationError, "of the annotations cannot be used, as config.yaml has no such class", unknown)
     metric = METRIC_TITLES[problem_types.of(config.problem_type).metric]
     purposes: dict[Split, tuple[str, str]] = {
         "train": ("the train split", "nothing can be learnt"),
@@ -164,10 +179,10 @@ def _check(rows: Sequence[ManifestRow], config: ModelConfig) -> None:
     for split, (place, so) in purposes.items():
         regions = [row.regions for row in rows if row.split == split]
         if not regions:
-            raise AnnotationError(f"none of the {len(rows)} annotated images falls into {place}, so {so}; annotate more")
+            raise AnnotationError(f"none of {counted(len(rows), 'annotated image')} falls into {place}, so {so}; annotate more")
         if not any(regions):
             raise AnnotationError(
-                f"nothing is annotated in any of the {len(regions)} images of {place}, so {so}; annotate more that show a class"
+                f"nothing is annotated in {place} ({counted(len(regions), 'image')}), so {so}; annotate more that show a class"
             )
 
 

@@ -14,6 +14,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from labelloop.wording import counted
+
 INK = "#1d2733"  # in a figure it stands for the page's own colour of text
 GOOD, BAD, UNSURE, BLUE = "#1b8a4b", "#c0392f", "#b07d10", "#2f6fb5"  # told apart on white and on black
 _ON_LIGHT, _ON_DARK = "#10202f", "#ffffff"  # numbers on cells, which have the same colours on every page
@@ -32,6 +34,7 @@ def render(template: Path, **content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     return environment.get_template(template.name).render(**content)
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from labelloop.dataset import resolution
 from labelloop.promotion import in_points
 from labelloop.records import METRIC_TITLES, Comparison, Evaluation, GateRules, Interval, Metric, Region, Scores, Verdict
+from labelloop.wording import counted
 from training_jobs.drawing import BAD, GOOD, INK, draw_confusion, render, svg
 
 _HEADLINES: dict[Verdict, str] = {
@@ -49,10 +50,10 @@ def write(evaluation: Evaluation, file: Path) -> None:
 def _tiles(evaluation: Evaluation) -> list[dict[str, str]]:
     """The figures of the head."""
     metric, champion, comparison = METRIC_TITLES[evaluation.challenger.metric], evaluation.champion, evaluation.comparison
-    tiles = [(metric, f"{evaluation.challenger.value:.1%}", f"on {len(evaluation.holdout):,} holdout images")]
+    tiles = [(metric, f"{evaluation.challenger.value:.1%}", f"on {counted(len(evaluation.holdout), 'holdout image')}")]
     if champion:
         before = evaluation.champion_annotations
-        trained = f"trained on {before:,} annotations" if before else "the champion"
+        trained = f"trained on {counted(before, 'annotation')}" if before else "the champion"
         tiles.append((f"{metric} of version {champion.version}", f"{champion.value:.1%}", trained))
     if comparison:
         bounds = _bounds(comparison.difference)
@@ -79,7 +80,7 @@ def _tiles(evaluation: Evaluation) -> list[dict[str, str]]:
 def _explanation(comparison: Comparison, rules: GateRules) -> str:
     test = f"McNemar's exact test: p = {comparison.p_value:.3g}. " if comparison.p_value is not None else ""
     return (
-        f"Only this version has {comparison.won:,} images right, only the champion {comparison.lost:,}. {test}"
+        f"Only this version has {counted(comparison.won, 'image')} right, only the champion {comparison.lost:,}. {test}"
         f"Each end of the interval holds with {rules.confidence:.3g} confidence "
         f"({'Tango' if comparison.p_value is not None else 'paired bootstrap over images'})."
     )
@@ -87,12 +88,13 @@ def _explanation(comparison: Comparison, rules: GateRules) -> str:
 
 def _resolution(evaluation: Evaluation) -> str:
     images = len(evaluation.holdout)
-    rule = f"As a rule {images:,} holdout images tell apart versions that differ by {100 * resolution(images):.1f} points"
+    tell = counted(images, "holdout image tells", "holdout images tell")
+    rule = f"As a rule {tell} apart versions that differ by {100 * resolution(images):.1f} points"
     if evaluation.comparison is None:
         return f"{rule}."
     difference, needed = evaluation.comparison.difference, evaluation.comparison.needed
     spread = 100 * max(difference.value - difference.low, difference.high - difference.value)
-    more = f"; about {needed:,} images would decide at this difference" if needed else ""
+    more = f"; about {counted(needed, 'image')} would decide at this difference" if needed else ""
     return f"{rule}; these two from about {spread:.1f} points on{more}."
 
 

@@ -31,6 +31,7 @@ from labelloop import problem_types
 from labelloop.errors import ConfigError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard, Region
+from labelloop.wording import counted
 from training_jobs import problem, ranks
 from training_jobs.dataset import Dataset, Examples, Numbers, Pixels
 from training_jobs.export import to_network
@@ -122,7 +123,8 @@ def fit(
     if config.hyperparameters.batch_size < ranks.count():
         raise ConfigError(
             "config.yaml",
-            f"{config.hyperparameters.batch_size} images cannot be shared by the {ranks.count()} GPUs of the training instance; "
+            f"{counted(config.hyperparameters.batch_size, 'image')} cannot be shared by the {ranks.count()} GPUs of the training "
+            "instance; "
             "raise it, or take a smaller training.instance_type",
             "hyperparameters.batch_size",
         )
@@ -174,7 +176,7 @@ def candidates(heads: Heads, pixels: Pixels, card: ModelCard, numbers: Numbers |
 def score(network: nn.Module, examples: Examples, config: ModelConfig, card: ModelCard) -> float:
     """The metric of a network, which is left in evaluation mode."""
     kind = problem.of(config.problem_type)
-    kept = [kind.kept(found, card) for found in candidates(kind.heads(network).eval(), examples.pixels, card)]
+    kept = [kind.kept(found, card) for found in candidates(kind.heads(network).eval(), examples.mapped, card, examples.numbers)]
     return kind.scores(examples.rows, kept, config.classes, version=0).value
 
 
@@ -230,10 +232,10 @@ class Feed:
 
     def __init__(self, examples: Examples, device: torch.device) -> None:
         self.waited = 0.0
-        self._pixels, self._numbers, self._device = examples.pixels, examples.numbers, device
+        self._pixels, self._numbers, self._device = examples.mapped, examples.numbers, device
         self._resident: Tensor | None = None
-        if device.type == "cuda" and examples.pixels.nbytes <= _RESIDENT * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.from_numpy(examples.pixels).to(device)
+        if device.type == "cuda" and examples.mapped.nbytes <= _RESIDENT * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.from_numpy(examples.mapped).to(device)
 
     def batches(self, numbers: Tensor) -> Iterator[Tensor]:
         """For each batch of numbers of examples, int64 `[batches, N]`, the images, uint8 `[N, height, width, channels]`."""

@@ -242,7 +242,7 @@ def _prepared(detector: Any, images: Tensor) -> tuple[ImageList, tuple[int, int]
     """
     transform, size = detector.transform, (int(images.shape[2]), int(images.shape[3]))
     normalised = transform.normalize(images[0])
-    if tuple(transform.resize(normalised)[0].shape[1:]) != size:
+    if tuple(transform.resize(normalised[:1])[0].shape[1:]) != size:  # one channel tells the size that all would get
         raise ConfigError(
             "model.py",
             "the detector resizes its images; pin its transform to the config's size with "

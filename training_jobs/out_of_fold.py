@@ -17,6 +17,7 @@ import msgspec
 
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ManifestRow, ModelCard, Region
+from labelloop.wording import counted
 from training_jobs import network, probe, problem
 from training_jobs.dataset import Dataset, Examples
 from training_jobs.embeddings import Embeddings
@@ -42,13 +43,14 @@ def candidates(
     count, train = folder.config.review.folds, data.train
     folds = [fold_of(row.group, count) for row in train.rows]
     if not _possible(train.rows, folds, count):
-        log.info("%d training images are too few for %d out-of-fold models; none is trained", len(train), count)
+        log.info("%s: too few for %d out-of-fold models, none is trained", counted(len(train), "training image"), count)
         return None
     found: list[list[Region]] = [[]] * len(train)
     for fold in range(count):
         own = [number for number, its in enumerate(folds) if its == fold]
         others = [number for number, its in enumerate(folds) if its != fold]
-        log.info("out-of-fold model %d of %d: %d images to train on, %d to examine", fold + 1, count, len(others), len(own))
+        given = counted(len(others), "image")
+        log.info("out-of-fold model %d of %d: %s to train on, %d to examine", fold + 1, count, given, len(own))
         file = checkpoint.with_stem(f"fold-{fold + 1}-of-{count}")
         features = seen.features[others] if seen else None
         said = _examined(train.part(own), folder, weights, train.part(others), features, card, file)
@@ -89,9 +91,9 @@ def _examined(
     fresh, augment = network.build(folder, weights)
     if features is not None:
         probe.start(fresh, folder, others, features)
-    nothing = Examples([], others.pixels[:0])
+    nothing = Examples([], others.mapped[:0])
     trained = fit(fresh, Dataset(others, nothing, nothing), config, card, augment, checkpoint, _note)
-    return list(candidates_of(kind.heads(trained), own.pixels, card, own.numbers))
+    return list(candidates_of(kind.heads(trained), own.mapped, card, own.numbers))
 
 
 def _note(epoch: Epoch) -> None:

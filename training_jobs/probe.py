@@ -77,7 +77,7 @@ def start(fresh: nn.Module, folder: ModelFolder, examples: Examples, features: E
     """
     heads: Any = problem.of(folder.config.problem_type).heads(fresh)
     device = next(fresh.parameters()).device
-    layer = heads.eval().last_layer(to_network(torch.from_numpy(examples.pixels[:1]).to(device)))
+    layer = heads.eval().last_layer(to_network(torch.from_numpy(examples.mapped[:1]).to(device)))
     mean, spread = features.mean(axis=0), features.std(axis=0)
     spread[spread < 1e-6 * spread.max(initial=1e-6)] = np.inf  # what is the same in every image says nothing
     given = torch.from_numpy((features - mean) / spread)

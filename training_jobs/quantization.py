@@ -27,6 +27,7 @@ from labelloop.inference import Model
 from labelloop.model_config import ModelConfig
 from labelloop.promotion import in_points, not_worse
 from labelloop.records import METRIC_TITLES, Int8, ModelCard, Region
+from labelloop.wording import counted
 from training_jobs import paired
 from training_jobs.comparison import compare
 from training_jobs.dataset import Dataset, Pixels
@@ -79,8 +80,8 @@ def _measured(model: Model, file: Path, made: Path, data: Dataset, config: Model
     fewest = paired.fewest(gate.margin, gate.confidence)
     if fewest is None or len(validation) < fewest or not validation.measurable:
         return _no(
-            f"{len(validation)} validation images cannot show that int8 is not worse by {100 * gate.margin:.3g} points; "
-            + (f"it takes {fewest:,}" if fewest else "nothing can")
+            f"{counted(len(validation), 'validation image')} cannot show that int8 is not worse by {100 * gate.margin:.3g} "
+            "points; " + (f"it takes {fewest:,}" if fewest else "nothing can")
         )
     some = validation.pixels[:_TIMED]
     if race([model], some, _FEWEST_ROUNDS)[0] < _LEAST_MS:
@@ -101,7 +102,7 @@ def _measured(model: Model, file: Path, made: Path, data: Dataset, config: Model
     if comparison is None:
         raise ModelError("nothing can be compared, although the validation split is measurable")
     metric = METRIC_TITLES[problem_types.of(card.problem_type).metric]
-    versus = f"{metric} {in_points(comparison.difference)} on {comparison.images} validation images"
+    versus = f"{metric} {in_points(comparison.difference)} on {counted(comparison.images, 'validation image')}"
     chosen = not_worse(comparison, gate)
     reason = f"{times}; {versus}" if chosen else f"int8 is worse, or may be: {versus}; {times}"
     return msgspec.structs.replace(figures, chosen=chosen, reason=reason, difference=comparison.difference)

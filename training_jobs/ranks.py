@@ -23,7 +23,7 @@ from labelloop.errors import LabelloopError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard
 from labelloop.settings import Settings
-from training_jobs.dataset import Examples
+from training_jobs.dataset import Examples, demand_room
 
 # The first rank decodes, exports and measures while the others wait. One that ends is noticed at once, by its connections.
 _PATIENCE = timedelta(days=5)
@@ -70,13 +70,14 @@ class Shared(NamedTuple):
 
 
 def share(fit: Shared) -> None:
-    """Have the others train along; nothing for one of them, or alone."""
+    """Have the others train along; nothing for one of them, or alone. Raises `StorageError` where the disk is too full."""
     if count() == 1 or rank() > 0:
         return
+    demand_room(fit.train.mapped.nbytes, Path(tempfile.gettempdir()), "training images, a copy for the other GPUs, take")
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
-        np.save(file, fit.train.pixels)
+        np.save(file, fit.train.mapped)
         file.flush()
-        _broadcast((fit._replace(train=replace(fit.train, pixels=fit.train.pixels[:0])), Path(file.name)))
+        _broadcast((fit._replace(train=replace(fit.train, mapped=fit.train.mapped[:0])), Path(file.name)))
         any_of(flag=False)  # everyone has opened it
 
 
@@ -86,7 +87,7 @@ def shared() -> Iterator[Shared]:
         fit, file = sent
         pixels = np.load(file, mmap_mode="r")
         any_of(flag=False)
-        yield fit._replace(train=replace(fit.train, pixels=pixels))
+        yield fit._replace(train=replace(fit.train, mapped=pixels))
 
 
 def part(batches: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from labelloop.records import (
     Timing,
 )
 from labelloop.settings import Settings
+from labelloop.wording import counted
 from training_jobs import (
     architectures,
     calibration,
@@ -71,7 +72,11 @@ def train(job: TrainingJob, models: ModelConfigs) -> Evaluation:
     card, phases = config.card(job.digest), Phases()
     data = dataset.load(job, config, card, phases)
     log.info(
-        "%s: %d images to train on, %d to validate, %d held out", job.model, len(data.train), len(data.validation), len(data.test)
+        "%s: %s to train on, %d to validate, %d held out",
+        job.model,
+        counted(len(data.train), "image"),
+        len(data.validation),
+        len(data.test),
     )
 
     phases.begin("build")
@@ -117,7 +122,7 @@ def train_along(job: TrainingJob, models: ModelConfigs) -> None:
     for examples, config, card, checkpoint in ranks.shared():
         make_repeatable(config.hyperparameters.seed, exact=problem.of(config.problem_type).exact)
         fresh, augment = network.build(folder, architectures.fetch(config, job.weights(uri) if uri else None))
-        nothing = Examples([], examples.pixels[:0])
+        nothing = Examples([], examples.mapped[:0])
         fit(fresh, Dataset(examples, nothing, nothing), config, card, augment, checkpoint, lambda _: None)
 
 
@@ -282,11 +287,11 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run, data: Dataset, ph
     """Keep everything in MLflow, register the version, and leave the completed report, last of all."""
     challenger = evaluation.challenger
     metric, value = challenger.metric, challenger.value
-    title = METRIC_TITLES[metric]
+    title, held_out = METRIC_TITLES[metric], counted(len(evaluation.holdout), "holdout image")
     error = {} if evaluation.calibration_error is None else {"calibration_error": evaluation.calibration_error}
     run.metrics(0, {metric: value, "parity": evaluation.parity, **error, **quantization.figures(evaluation.int8)})
     with tempfile.TemporaryDirectory() as scratch:
-        caption = f"{title} {value:.1%} on {len(evaluation.holdout)} holdout images"
+        caption = f"{title} {value:.1%} on {held_out}"
         plot = problem.of(evaluation.problem_type).plot(challenger, evaluation.classes, caption, Path(scratch))
         run.keep(job.onnx, job.manifest, *plot)
     version = run.register(
@@ -312,7 +317,7 @@ def record(job: TrainingJob, evaluation: Evaluation, run: Run, data: Dataset, ph
     job.evaluation.write_bytes(msgspec.json.format(msgspec.json.encode(complete)))
     run.keep(job.evaluation)
     log.info("%s: %s", complete.verdict, complete.reason)
-    log.info("version %d of %s: %s %.1f %% on %d holdout images", version, job.model, title, 100 * value, len(evaluation.holdout))
+    log.info("version %d of %s: %s %.1f %% on %s", version, job.model, title, 100 * value, held_out)
     return complete
 
 

@@ -36,7 +36,7 @@ def digits() -> Resources:
 
 
 def report(resources: Resources, **usage: Any) -> Report:
-    return cost.report([DIGITS], resources, Usage(**usage), PRICES, "prod")
+    return cost.report([DIGITS], resources, Usage(**usage), PRICES, "prod", "us-east-1")
 
 
 def quantity(bill: Bill, resource: str, unit: str) -> float:
@@ -65,7 +65,7 @@ def test_an_idle_month_costs_the_same_with_a_canary_and_without(digits: Resource
 
 def test_every_resource_of_a_stage_is_listed(prod: Templates) -> None:
     resources = {f"{number}/{id}": found for number, stack in enumerate(prod) for id, found in stack.resources.items()}
-    lines = cost.report([DIGITS, DETECTOR], resources, Usage(), PRICES, "prod").idle.lines
+    lines = cost.report([DIGITS, DETECTOR], resources, Usage(), PRICES, "prod", "us-east-1").idle.lines
     assert {id for line in lines for id in line.ids} == resources.keys()
 
 
@@ -142,7 +142,7 @@ def test_memory_is_that_of_the_model_that_wants_most(tmp_path: Path, digits: Res
 
     def gb_seconds(names: list[str]) -> float:
         resources = cost.synthesize(models, names, "prod", FACTS)
-        found = cost.report([models[name].config for name in names], resources, Usage(), PRICES, "prod")
+        found = cost.report([models[name].config for name in names], resources, Usage(), PRICES, "prod", "us-east-1")
         return quantity(found.units["1,000 predictions"], "Lambda::Function", "GB-s (x86)")
 
     sign_ins = 5000 / 50 * 0.5 * 1769 / 1024
@@ -156,7 +156,7 @@ def test_memory_is_that_of_the_model_that_wants_most(tmp_path: Path, digits: Res
 
 def test_a_training_costs_its_instance_for_as_long_as_it_may_take(digits: Resources) -> None:
     def hours(config: Any, **usage: Any) -> tuple[float, float]:
-        unit = cost.report([config], digits, Usage(**usage), PRICES, "prod").units[f"a training of {config.name}"]
+        unit = cost.report([config], digits, Usage(**usage), PRICES, "prod", "us-east-1").units[f"a training of {config.name}"]
         lines = [line for line in unit.lines if line.charged_by == "instance hours"]
         return sum(line.quantity for line in lines), sum(line.cost for line in lines)
 
@@ -248,6 +248,23 @@ def test_starting_predict_ahead_is_on_the_bill(
     assert ahead.idle.total - cold.idle.total == pytest.approx(a_month, abs=0.01)
     thousand = [bill.units["1,000 predictions"].total for bill in (ahead, cold)]
     assert thousand[0] - thousand[1] == pytest.approx(restored * gb * 0.0001397998)
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [("eu-central-1", "the stage lies in eu-central-1"), (None, "stages.yaml does not say where"), ("us-east-1", None)],
+)
+def test_a_stage_elsewhere_is_not_priced_as_if_it_were_here(
+    region: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch, digits: Resources
+) -> None:
+    monkeypatch.setattr("infra_cdk.stage_facts.read_facts", lambda _: StageFacts(region=region))
+    monkeypatch.setattr(cost, "synthesize", lambda *_: digits)
+    told = CliRunner().invoke(app, ["cost", "digits"])
+    assert told.output.startswith("stage prod, prices of us-east-1")
+    assert ("These are prices of us-east-1, the only ones known" in told.output) is (said is not None)
+    assert (said or "") in told.output
+    found = json.loads(CliRunner().invoke(app, ["cost", "digits", "--json"]).stdout)
+    assert (found["region"], found["stage_region"]) == ("us-east-1", region)
 
 
 def test_a_region_without_prices_and_the_laptop_are_refused() -> None:

@@ -363,7 +363,7 @@ def test_its_bill_stands_apart_and_has_every_resource(with_label_studio: dict[st
     prices, model = PriceTable.read("us-east-1"), ModelConfigs(ROOT / "model_configs")["digits"].config
     names = ("state", "training", "serving", "label-studio")
     resources = {f"labelloop-prod-{name}/{id}": one for name in names for id, one in with_label_studio[name].resources.items()}
-    found = cost.report([model], resources, Usage(labels=1000), prices, "prod")
+    found = cost.report([model], resources, Usage(labels=1000), prices, "prod", "us-east-1")
     assert found.label_studio
     lines = found.label_studio.lines
     assert {id for line in lines for id in line.ids} == {id for id in resources if id.startswith("labelloop-prod-label-studio/")}
@@ -386,6 +386,7 @@ def test_its_bill_stands_apart_and_has_every_resource(with_label_studio: dict[st
         Usage(labels=1000),
         prices,
         "prod",
+        "us-east-1",
     )
     assert without.label_studio is None
     assert found.idle.total < without.idle.total, "the schedule comes more rarely"

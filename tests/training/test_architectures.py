@@ -83,7 +83,7 @@ def test_detectors_take_images_as_they_are(name: str) -> None:
         ("multilabel", {"architecture": "resnet18", "mode": "L"}, "image.mode", "write RGB"),
         ("classification", {"architecture": "vit_b_16"}, "image", "images of 64 × 48 pixels: Wrong image height! Expected 224"),
         ("classification", {"architecture": "alexnet"}, "image", "images of 64 × 48 pixels"),
-        ("detection", {"architecture": DETECTORS[-1], "batch_size": 1}, "image", "batches of 1 images"),
+        ("detection", {"architecture": DETECTORS[-1], "batch_size": 1}, "image", "batches of 1 image of"),
     ],
 )
 def test_what_does_not_suit_is_refused(problem_type: ProblemTypeName, values: dict[str, object], key: str, message: str) -> None:

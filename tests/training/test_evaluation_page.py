@@ -72,7 +72,7 @@ def test_it_says_the_verdict_and_what_it_rests_on(tmp_path: Path) -> None:
         "digits, version 2",
         "Promote: it takes over Better: it is.",
         "+5.0 points +1.0 to +9.0",
-        "Only this version has 1 images right, only the champion 0. McNemar's exact test: p = 0.5.",
+        "Only this version has 1 image right, only the champion 0. McNemar's exact test: p = 0.5.",
         "cat 8 87.5% 87.5% -8.0 -12.0 to -1.0",
         "dog 0 – – –",
         "calibration error 2.0%",

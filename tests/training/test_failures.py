@@ -124,7 +124,7 @@ def odd_hyperparameter(case: Case) -> None:
         (outside, "does not lie under images/digits/"),
         (another_model, "s3://images/images/faces/a.png does not lie under images/digits/"),
         (unknown_label, "is 'ten'"),
-        (nothing_to_train, "none of the 40 annotated images falls into the train split"),
+        (nothing_to_train, "none of 40 annotated images falls into the train split"),
         (no_holdout, "accuracy cannot be measured"),
         (other_manifest, "the manifest is not the snapshot"),
         (champion_without_version, "champion_version is empty, but the champion channel holds a model"),
@@ -176,5 +176,5 @@ def test_a_long_reason_fits_sagemaker(run_here: Run, tmp_path: Path) -> None:
     job = OptMl(tmp_path).lay_out(images, rows, job_name="job-wordy")
     assert run_here(job) == 1
     assert job.failure is not None
-    assert job.failure.startswith("40 annotations name no class of config.yaml: ")
+    assert job.failure.startswith("40 of the annotations cannot be used, as config.yaml has no such class: ")
     assert len(job.failure) <= 1024

@@ -126,6 +126,19 @@ def test_a_detector_that_resizes_is_refused() -> None:
         heads.detector(network.eval())(torch.rand(1, 1, 96, 96))
 
 
+def test_no_image_is_resized_to_learn_the_size_that_it_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    network: Network = small_ssd(config_of("detection", mode="RGB", width=320, height=320)).eval()
+    resize, channels = network.transform.resize, list[int]()
+
+    def resized(image: torch.Tensor) -> Any:
+        channels.append(image.shape[0])
+        return resize(image)
+
+    monkeypatch.setattr(network.transform, "resize", resized)
+    heads.detector(network)(torch.rand(1, 3, 320, 320))
+    assert channels == [1], "one tells it"
+
+
 def test_a_detector_that_prepares_its_images_in_its_own_way_is_refused() -> None:
     class Doubled(GeneralizedRCNNTransform):  # type: ignore[misc]
         def forward(self, images: Any, targets: Any = None) -> Any:

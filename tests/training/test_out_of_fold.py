@@ -106,6 +106,16 @@ def epochs(caplog: pytest.LogCaptureFixture) -> int:
     return sum("epoch " in message for message in caplog.messages)
 
 
+def test_some_images_of_a_split_are_their_rows_own_and_no_copy_of_all() -> None:
+    whole = noise(10)
+    some = whole.part([7, 2, 5])
+    again = some.part([2, 0])
+    for part, numbers in ((some, [7, 2, 5]), (again, [5, 7])):
+        assert part.rows == [whole.rows[number] for number in numbers]
+        np.testing.assert_array_equal(part.pixels, whole.pixels[numbers])
+        assert part.mapped is whole.mapped
+
+
 def test_what_is_said_of_an_image_comes_from_models_that_saw_nothing_like_it(folder: ModelFolder, tmp_path: Path) -> None:
     """Classes that can only be known by heart: copies of an image give them away unless they share its content group."""
     apart = noise(160, pictures=80)

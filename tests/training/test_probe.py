@@ -155,7 +155,7 @@ def test_features_are_seen_once(
     assert look(few).kept == 0
     before = look(more)
     assert before.kept == 30
-    again = look(replace(more, pixels=np.zeros_like(more.pixels)))  # nobody looks at these
+    again = look(replace(more, mapped=np.zeros_like(more.mapped)))  # nobody looks at these
     assert again.kept == 40
     assert np.array_equal(before.features, again.features)
     assert all(key.startswith("cache/late/features/") for key in bucket.keys("cache/"))

@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cli.examples import Example, digits
-from labelloop.errors import ConfigError
+from labelloop.errors import ConfigError, StorageError
 from labelloop.inference import Model
 from labelloop.model_config import ModelConfigs
 from tests.examples import DIGITS, model_card
@@ -167,3 +168,13 @@ def test_a_batch_has_to_be_enough_for_all_ranks(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match="32 images cannot be shared by the 64 GPUs") as raised:
         fit(network, Dataset(nothing, nothing, nothing), DIGITS, model_card(), augment, tmp_path / "checkpoint.pt", print)
     assert raised.value.key == "hyperparameters.batch_size"
+
+
+def test_a_disk_without_room_for_the_other_ranks_images_is_said_so_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000_000))
+    images = Examples([], np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2_000, 320, 320, 1), (0, 0, 0, 0)))
+    with pytest.raises(StorageError, match=r"take 0\.2 GB, 0\.1 GB are free in .*; raise training\.volume_gb"):
+        ranks.share(ranks.Shared(images, DIGITS, model_card(), tmp_path / "checkpoint.pt"))

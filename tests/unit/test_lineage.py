@@ -296,7 +296,7 @@ def test_what_changed_since_is_listed(traced: Traced) -> None:
         3: "gone from Label Studio",
         4: "left out now: the class 'no class of ours' is not in config.yaml",
     }
-    assert "3 annotations are no longer what they were" in said(found)
+    assert "3 annotations changed since" in said(found)
 
 
 def test_a_manifest_that_was_overwritten_is_told_from_annotations_that_changed(traced: Traced) -> None:

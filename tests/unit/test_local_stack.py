@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 
 from cli.demo import Demo
-from labelloop.errors import ConfigError, LocalServiceError
+from labelloop.errors import ConfigError, ConflictError, LocalServiceError
 from local.deploy import progress
-from local.processes import MARK, start, stop
+from local.environment import clean_environment
+from local.processes import MARK, is_running, start, stop
 from local.stack import PARTS, Addresses, LaptopStack, held
 from local.toolchain import REPOSITORY, cache_folder, cdk_command, find_uv, tool_environment
 
@@ -116,7 +117,7 @@ def test_only_a_stacks_own_folder_is_erased(tmp_path: Path) -> None:
     with (kept / "stack.lock").open("w") as lock:  # as an `up` holds it that has recorded nothing yet
         fcntl.flock(lock, fcntl.LOCK_EX)
         for end in (a_stack(kept, []).down, a_stack(kept, []).erase):
-            with pytest.raises(LocalServiceError, match="another command is starting"):
+            with pytest.raises(ConflictError, match=r"another command is starting .*; let it finish"):
                 end()
     a_stack(kept, []).erase()
     assert not kept.exists()
@@ -127,9 +128,40 @@ def test_a_second_demo_leaves_the_first_one_s_stack_alone(tmp_path: Path) -> Non
     home.mkdir()
     (home / "stack.json").write_text("the first one's")
     demo = Demo(home, "digits", [100], Console())
-    with held(tmp_path / "demo.lock", ""), pytest.raises(LocalServiceError, match=r"another demo runs in .*; end it with Ctrl-C"):
+    with held(tmp_path / "demo.lock", ""), pytest.raises(ConflictError, match=r"another demo runs in .*; end it with Ctrl-C"):
         demo.run(linger=None, report=None)
     assert (home / "stack.json").read_text() == "the first one's"
+
+
+def test_a_stack_whose_record_is_damaged_can_be_erased_with_what_still_runs_of_it(tmp_path: Path) -> None:
+    home = tmp_path / "my laptop"
+    (home / "emulator").mkdir(parents=True)
+    (home / "stack.lock").touch()
+    (home / "stack.json").write_text('{"ports": {"emul')
+    started, other = (
+        start("part", ["sleep", "600"], log=tmp_path / "log", environment=clean_environment(), folder=folder)
+        for folder in (home / "emulator", tmp_path)
+    )
+    try:
+        stack = a_stack(home, [])
+        for command in (stack.up, stack.down, stack.addresses, stack.pids):
+            with pytest.raises(ConfigError, match=rf"stack\.json: is damaged: .* labelloop down --erase --home '{home}'"):
+                command()
+        stack.erase()
+        assert not home.exists()
+        assert not is_running(started.record)
+        assert is_running(other.record)
+    finally:
+        stop([started.record, other.record], grace_s=0)
+
+
+def test_a_file_of_somebody_else_that_has_the_records_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "stack.json").write_text("[]")
+    stack = a_stack(tmp_path, [])
+    for command in (stack.up, stack.down, stack.erase):
+        with pytest.raises(ConfigError, match="is damaged"):
+            command()
+    assert [file.name for file in tmp_path.iterdir()] == ["stack.json"]
 
 
 def test_addresses_replace_every_aws_setting_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,20 @@ def test_a_home_of_something_else_is_a_mistake(tmp_path: Path, words: list[str],
     assert "Traceback" not in done.stderr
 
 
+def test_a_damaged_record_of_the_stack_is_a_mistake_that_the_named_command_mends(tmp_path: Path) -> None:
+    home = tmp_path / ".labelloop/laptop"
+    home.mkdir(parents=True)
+    (home / "stack.lock").touch()
+    (home / "stack.json").write_text("{")
+    done = labelloop("status", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    _, named, words = done.stderr.strip().rpartition("labelloop ")
+    assert named
+    done = labelloop(*words.split(), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not home.exists()
+
+
 @pytest.mark.parametrize("command", ["up", "check"])
 def test_an_empty_folder_of_models_says_how_to_make_one(tmp_path: Path, command: str) -> None:
     done = labelloop(command, folder=tmp_path, LABELLOOP_MODEL_CONFIGS=str(tmp_path))

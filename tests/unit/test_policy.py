@@ -66,8 +66,8 @@ def test_a_small_factor_still_asks_for_one_more() -> None:
 def test_it_trains_when_the_count_is_reached(last: int | None, count: int, train: bool) -> None:
     decision = ask(Head(model="digits", trained=trained(last) if last else None), count)
     assert decision.train is train
-    assert str(count) in decision.reason
-    assert str(decision.due_at) in decision.reason
+    assert f"{count:,}" in decision.reason
+    assert f"{decision.due_at:,}" in decision.reason
 
 
 def test_a_running_training_is_waited_for_even_when_asked() -> None:

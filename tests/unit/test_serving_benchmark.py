@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,25 @@ def test_the_emulator_is_asked_where_no_latency_is_added(monkeypatch: pytest.Mon
     serving.summarise(both, wanted, figures)
     assert [(row["contestant"], row["latency_ms"]) for row in figures.rows] == [(OURS, 25), (OURS, 0), (EMULATED, 0)]
     assert f"| {EMULATED} | 10 |" in serving.table(figures)
+
+
+def test_each_contestant_and_the_limit_have_a_turn_in_each_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+
+    def took[T](who: str, figure: T) -> T:
+        turns.append(who)
+        return figure
+
+    monkeypatch.setattr(serving, "measure", lambda one, *_: took(one.name, Round([10.0], 100.0, 5.0)))
+    monkeypatch.setattr(serving, "limit_ms", lambda *_: took("limit", 4.0))
+    monkeypatch.setattr("urllib.request.urlopen", lambda _: io.BytesIO())
+    wanted = [Scenario("classification", size, 1, 1, 0, 1) for size in ("small", "large")]
+    figures, both = Figures(), [contestant(OURS), contestant("peer")]
+    for _ in range(2):
+        serving.play(both, wanted, figures, Path(), Path(), 1, 1.4, "")
+    assert Counter(turns) == {"limit": 4, OURS: 6, "peer": 6}, "a contestant warms up once in each"
+    assert figures.limits == {scenario.title: [4.0, 4.0] for scenario in wanted}
+    assert [len(one.rounds[scenario]) for one in both for scenario in wanted] == [2, 2, 2, 2]
 
 
 def test_a_prediction_is_compared_box_by_box(monkeypatch: pytest.MonkeyPatch) -> None:

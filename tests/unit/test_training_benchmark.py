@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks import training
 from benchmarks.training import Point, Result, Task
+from training_jobs.fit import Epoch
 
 TASK = Task(folder="", model="mobilenet_v2", images=960, epochs=2, size=64)
 
@@ -59,6 +61,13 @@ def test_what_is_trained_is_told_beside_the_results(capsys: pytest.CaptureFixtur
     told = capsys.readouterr()
     assert told.err == "reference, seed 1, learning rate 0.03: epoch 2 of 2, 61 s, 92.5% of the held-out images right\n"
     assert told.out == ""
+
+
+def test_what_was_not_measured_is_no_zero() -> None:
+    epoch = Epoch(number=3, of=4, loss=0.1, validation=0.0, learning_rate=0.1, seconds=1.0, images=1, waited=0.0)
+    assert training.held_out(epoch) == 0
+    with pytest.raises(ValueError, match="nothing was measured after epoch 3"):
+        training.held_out(replace(epoch, validation=None))
 
 
 def test_the_first_epoch_that_is_accurate_enough_counts() -> None:

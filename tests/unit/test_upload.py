@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from cli.upload import Report, Uploaded, annotate, run, show, upload
 from labelloop.artifacts import Bucket, s3_uri
 from labelloop.errors import ConfigError, LabelloopError, LabelStudioError, RequestError
 from labelloop.label_studio.client import KnownTask
+from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig, ModelFolder
 from tests import examples
@@ -418,6 +419,9 @@ class Tasks:
         self._count(task)
         return -task
 
+    def annotations_of(self, project: int, tasks: Sequence[int]) -> list[AnnotatedTask]:
+        return [AnnotatedTask(id=task, data={}, annotations=[Annotation(id=-task)]) for task in tasks if task in self.given]
+
     def count_anew(self, annotation: int) -> None:
         assert -annotation in self.given
         self._count(-annotation)
@@ -466,7 +470,7 @@ def test_an_annotation_that_label_studio_forgets_to_count_is_counted_again() -> 
 
 def test_annotations_that_are_never_counted_are_an_error_with_a_task() -> None:
     fake = Tasks([task(1, "1"), task(2, "2")], forgets={2: 99})
-    with pytest.raises(LabelStudioError, match="no annotation of 1 tasks that were annotated, 2 among them"):
+    with pytest.raises(LabelStudioError, match="no annotation of 1 task that was annotated, 2 among them"):
         annotate(cast(Any, fake), 1, DIGITS, labelled(**{"1": "1", "2": "2"}), lambda: None)
 
 
@@ -477,6 +481,39 @@ def test_what_has_an_annotation_is_left_alone_so_a_second_run_changes_nothing() 
     result = annotate(cast(Any, fake), 1, DIGITS, labels, lambda: None)
     assert (result.now, result.before) == (0, 2)
     assert fake.given == {1: ["1"]}
+
+
+def test_a_second_run_looks_after_what_an_interrupted_one_annotated() -> None:
+    """Label Studio may forget to count an annotation at once, or, importing still, a moment after the second run's look."""
+
+    class Interrupted(Tasks):
+        def annotate(self, task: int, result: list[dict[str, Any]], *, seconds: float) -> int:
+            if len(self.given) == 3:
+                raise KeyboardInterrupt
+            return super().annotate(task, result, seconds=seconds)
+
+    @dataclass
+    class Late(Tasks):
+        """Whose import ends between two looks at the tasks, and writes what it had counted before."""
+
+        late: list[int] = field(default_factory=lambda: [1])
+
+        def unlabelled_ids(self, project: int, last: int) -> list[int]:
+            if self.late:
+                forgotten = self.late.pop()
+                self.tasks_[forgotten - 1] = dataclasses.replace(self.tasks_[forgotten - 1], annotations=0)
+            return super().unlabelled_ids(project, last)
+
+    first = Interrupted([task(number, str(number)) for number in range(1, 6)], forgets={2: 1, 3: 2})
+    labels = labelled(**{str(number): str(number) for number in range(1, 6)})
+    with pytest.raises(KeyboardInterrupt):
+        annotate(cast(Any, first), 1, DIGITS, labels, lambda: None)
+    assert [known.id for known in first.tasks_ if known.annotations] == [1]
+    second, done = Late(first.tasks_, given=first.given, forgets={3: 1}), []
+    result = annotate(cast(Any, second), 1, DIGITS, labels, lambda: done.append(1))
+    assert (result.now, result.before, len(done)) == (2, 3, 5)
+    assert second.given == {number: [str(number)] for number in range(1, 6)}
+    assert [known.id for known in second.tasks_ if known.annotations] == [1, 2, 3, 4, 5]
 
 
 def test_a_task_that_appears_out_of_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,7 +683,7 @@ def test_a_report_is_said_in_lines() -> None:
     show(report, Console(file=out, width=200))
     assert out.getvalue().splitlines() == [
         "uploaded 1,980, already there 3, refused 1",
-        "1 files are copies of others: the task of the same content counts for both",
+        "1 file is a copy of another: the task of the same content counts for both",
         "annotated 7, left alone 2 that have an annotation",
         "refused [red]x.png: is broken: [bold]",
         "note [b].csv annotates nothing",

@@ -23,6 +23,7 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.predict import Predicted
 from labelloop.records import Audit, ModelCard, TurnedOff, now
+from labelloop.wording import counted
 
 FALSE_ALARM = 0.05  # the most likely that a version as precise as promised is ever turned off
 _WORSE = (2, 4, 8, 16, 32)  # times the promised odds of an error: what the evidence is sought for
@@ -148,7 +149,8 @@ def _is_on(
     audited, right = len(audits), sum(audits)
     if evidence(right, audited - right, rules.precision) < 1 / FALSE_ALARM:
         return True
-    reason = f"people agree with {right} of {audited} audited predictions: too few for a precision of {rules.precision:.1%}"
+    those = counted(audited, "audited prediction")
+    reason = f"people agree with {right} of {those}: too few for a precision of {rules.precision:.1%}"
     ledger.turn_off(TurnedOff(model=model, version=version, right=right, audited=audited, reason=reason, at=now()))
     return False
 

@@ -22,6 +22,7 @@ from labelloop.label_studio.payloads import PredictTask
 from labelloop.messages import PrelabelQueue, asked_ranges
 from labelloop.predict import LAST_IMAGE, MAX_TASKS, PART, Part
 from labelloop.records import Champion
+from labelloop.wording import counted
 
 _SHORTEST, _LONGEST = 0.25, 2.0  # seconds between two tries of what Lambda had no room for
 _THROTTLED = "TooManyRequestsException"
@@ -105,5 +106,5 @@ def _read(body: bytes, tasks: int) -> list[msgspec.Raw | None]:
     except ValueError as error:
         raise ServiceError(f"a part answered what is no part's answer: {error}") from error
     if len(results) != tasks:
-        raise ServiceError(f"a part answered {len(results)} entries for {tasks} tasks")
+        raise ServiceError(f"a part answered {counted(len(results), 'entry', 'entries')} for {counted(tasks, 'task')}")
     return [None if bytes(entry) == b"null" else entry for entry in results]

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from labelloop.model_config import Retrain
 from labelloop.records import Head
+from labelloop.wording import counted
 
 MAX_BACKOFF = timedelta(hours=24)
 
@@ -42,9 +43,9 @@ def decide(policy: Retrain, head: Head, n_annotations: int, now: datetime, *, as
     if n_annotations == 0:
         return Decision(False, "nothing is annotated", due)
     if asked:
-        return Decision(True, f"asked for, with {n_annotations} annotations", due)
+        return Decision(True, f"asked for, with {counted(n_annotations, 'annotation')}", due)
     if n_annotations < due:
-        return Decision(False, f"{n_annotations} annotations of {due}", due)
+        return Decision(False, f"{counted(n_annotations, 'annotation')} of {due:,}", due)
 
     earliest: list[tuple[datetime, str]] = []
     if head.trained:
@@ -58,4 +59,4 @@ def decide(policy: Retrain, head: Head, n_annotations: int, now: datetime, *, as
     for moment, reason in sorted(earliest, reverse=True):
         if now < moment:
             return Decision(False, f"{reason}, until {moment.isoformat(timespec='seconds')}", due)
-    return Decision(True, f"{n_annotations} annotations, due at {due}", due)
+    return Decision(True, f"{counted(n_annotations, 'annotation')}, due at {due:,}", due)

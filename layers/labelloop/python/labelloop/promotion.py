@@ -34,6 +34,7 @@ from labelloop.records import (
     now,
 )
 from labelloop.registry import Registry
+from labelloop.wording import counted
 
 _MAX_MODEL_BYTES = 2 * 2**30
 _LET_SERVE = "it was let serve by hand before annotators' answers to its run in shadow decided"
@@ -51,7 +52,7 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
         images = len(evaluation.holdout)
         return (
             "promote",
-            f"the first version: {METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {images} holdout images",
+            f"the first version: {METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {counted(images, 'holdout image')}",
         )
     if champion is None or champion.version != champion_version:
         compared = f"version {champion.version}" if champion else "no champion"
@@ -71,7 +72,8 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
     if verdict == "undecided":
         return verdict, f"{reason}; {_remedy(comparison)}"
     if verdict == "promote" and evaluation.gate.shadow:
-        return "shadow", f"{reason}; first it runs in shadow, until annotators have answered {evaluation.gate.shadow:,} tasks"
+        answered = f"annotators have answered {counted(evaluation.gate.shadow, 'task')}"
+        return "shadow", f"{reason}; first it runs in shadow, until {answered}"
     return verdict, reason
 
 
@@ -87,13 +89,14 @@ def judge_live(running: Shadow, pairs: Sequence[ShadowPair]) -> tuple[Verdict, s
     while rules.shadow << looks <= len(scored):
         looks += 1
     if not looks:
-        return "shadow", f"annotators have answered {len(scored):,} of {rules.shadow:,} tasks", None
-    counted = scored[: rules.shadow << (looks - 1)]
-    comparison = shadow.compare(counted, 1 - (1 - rules.confidence) / 2**looks)
-    seen = sum(pair.scored is not None and pair.scored.seen for pair in counted)
+        return "shadow", f"annotators have answered {len(scored):,} of {counted(rules.shadow, 'task')}", None
+    looked_at = scored[: rules.shadow << (looks - 1)]
+    comparison = shadow.compare(looked_at, 1 - (1 - rules.confidence) / 2**looks)
+    seen = sum(pair.scored is not None and pair.scored.seen for pair in looked_at)
     versus = (
-        f"in shadow right about {comparison.challenger:.1%} of {comparison.images:,} tasks against version {champion.version}'s "
-        f"{comparison.champion:.1%}, {in_points(comparison.difference)}; alone right about {comparison.won:,} against "
+        f"in shadow right about {comparison.challenger:.1%} of {counted(comparison.images, 'task')} "
+        f"against version {champion.version}'s {comparison.champion:.1%}, {in_points(comparison.difference)}; "
+        f"alone right about {comparison.won:,} against "
         f"{comparison.lost:,}; annotators had version {champion.version}'s predictions before them in {seen:,}"
     )
     verdict, reason = _weigh(comparison, rules, versus, challenger.n_annotations, champion.n_annotations)
@@ -113,8 +116,8 @@ def _weigh(comparison: Comparison, rules: GateRules, versus: str, annotations: i
         return "promote", f"better: {versus}"
     if comparison.difference.low > -rules.margin and before is not None and annotations > before:
         return "promote", (
-            f"not worse by more than {100 * rules.margin:.3g} points, and trained on {annotations:,} annotations instead of "
-            f"{before:,}: {versus}"
+            f"not worse by more than {100 * rules.margin:.3g} points, and trained on {counted(annotations, 'annotation')} "
+            f"instead of {before:,}: {versus}"
         )
     return "undecided", f"not enough evidence: {versus}"
 
@@ -127,10 +130,10 @@ def not_worse(comparison: Comparison, rules: GateRules) -> bool:
 
 def _versus(evaluation: Evaluation, comparison: Comparison, champion_version: int) -> str:
     shared = len(comparison.classes)
-    classes = "" if shared == len(evaluation.classes) else f" of the {shared} classes that both know"
+    classes = "" if shared == len(evaluation.classes) else f" of the {counted(shared, 'class', 'classes')} that both know"
     return (
         f"{METRIC_TITLES[evaluation.challenger.metric]} {comparison.challenger:.1%} against version {champion_version}'s "
-        f"{comparison.champion:.1%} on {comparison.images} holdout images{classes}, {in_points(comparison.difference)}"
+        f"{comparison.champion:.1%} on {counted(comparison.images, 'holdout image')}{classes}, {in_points(comparison.difference)}"
     )
 
 
@@ -145,7 +148,7 @@ def _fallen(comparison: Comparison, rules: GateRules) -> tuple[str, Interval] | 
 def _remedy(comparison: Comparison) -> str:
     if comparison.needed is None:
         return "it was trained on no more annotations, so it would have to be evidently better"
-    return f"about {comparison.needed:,} holdout images would decide at this difference"
+    return f"about {counted(comparison.needed, 'holdout image')} would decide at this difference"
 
 
 def in_points(difference: Interval) -> str:

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from labelloop.wording import counted
+
 ProblemTypeName = Literal["classification", "multilabel", "detection"]
 Split = Literal["train", "validation", "test"]
 TrainingStatus = Literal["running", "completed", "failed", "stopped"]
@@ -273,7 +275,7 @@ class Timing(Record, frozen=True, kw_only=True):
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
         speed = "" if self.images_per_second is None else f"; {self.images_per_second:,.0f} images/s"
         waiting = "" if self.waiting is None else f", {self.waiting:.1%} of it waiting for images"
-        return f"{sum(self.seconds.values()):.0f} s: {phases}{speed}{waiting}; {self.decoded:,} images decoded"
+        return f"{sum(self.seconds.values()):.0f} s: {phases}{speed}{waiting}; {counted(self.decoded, 'image')} decoded"
 
 
 class Shard(Record, frozen=True, kw_only=True):

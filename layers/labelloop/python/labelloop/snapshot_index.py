@@ -36,6 +36,7 @@ from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask
 from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ManifestRow, Snapshot, Split
+from labelloop.wording import counted
 
 FORMAT = 4  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
@@ -162,8 +163,12 @@ class SnapshotIndex:
             if since is not None:  # what is read anew when an index is built has been counted before
                 self._count_accepted(page)
             if time.monotonic() > until:
-                read = f"{self._counts[0]:,} of {there.tasks:,} annotated tasks" if since is None else "a part of what is new"
-                raise ServiceError(f"{read} are read, the next look goes on")
+                read = (
+                    f"{self._counts[0]:,} of {counted(there.tasks, 'annotated task')}"
+                    if since is None
+                    else "a part of what is new"
+                )
+                raise ServiceError(f"{read} read, the next look goes on")
         self._database.execute("UPDATE progress SET since = ?, begun = NULL, after = 0", (begun or None,))
 
     def _count_accepted(self, tasks: list[AnnotatedTask]) -> None:
