@@ -384,6 +384,8 @@ def test_promote_decides_tells_mlflow_and_announces(
         (counted,) = metrics(capsys)
         assert (counted["accuracy"], counted["version"]) == ([0.9], 1)
         assert (counted["service"], counted["model"]) == ("promote", "digits")
+        assert failures(handler.handler(sqs_event(messages[0]), LambdaContext())) == []
+        assert metrics(capsys) == [], "of a decision that comes again nothing is counted again"
         champion = Champions(bucket).read("digits")
         assert champion is not None
         assert champion.version == 1

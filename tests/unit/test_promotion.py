@@ -114,10 +114,12 @@ class Gate:
     ledger: Ledger
     mlflow: RecordingServer
     announced: list[Promotion] = field(default_factory=list)
+    counted: list[Promotion] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.champions = Champions(self.bucket)
-        self.promoter = Promoter(self.bucket, self.ledger, Registry(self.mlflow.url), self.announced.append)
+        registry = Registry(self.mlflow.url)
+        self.promoter = Promoter(self.bucket, self.ledger, registry, self.announced.append, self.counted.append)
 
     def train(self, report: Evaluation, onnx: bytes = b"onnx", *, archive: bytes | None = None) -> None:
         """Leave what a training job leaves."""
@@ -234,7 +236,7 @@ def test_deciding_again_changes_nothing_and_announces_again(gate: Gate) -> None:
     pointer = gate.champions.read_tagged("digits")
     assert gate.decide() == first
     assert gate.champions.read_tagged("digits") == pointer
-    assert gate.announced == [first, first]
+    assert (gate.announced, gate.counted) == ([first, first], [first])
 
 
 def test_a_late_repeat_does_not_bring_an_old_version_back(gate: Gate) -> None:
@@ -322,9 +324,9 @@ def test_a_registry_that_fails_is_told_again_later(gate: Gate) -> None:
         gate.decide()
     assert gate.announced == []
     gate.mlflow.answer = lambda _: Answer()
-    gate.decide()
+    decided = gate.decide()
     assert gate.aliases == {"champion": "1"}
-    assert len(gate.announced) == 1
+    assert gate.announced == gate.counted == [decided]
 
 
 def test_a_job_that_left_nothing_is_nothing_to_decide_about(gate: Gate) -> None:

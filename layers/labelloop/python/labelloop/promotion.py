@@ -155,10 +155,17 @@ def in_points(difference: Interval) -> str:
 
 
 class Promoter:
-    """Decides about completed trainings. `announce(promotion)` tells the others."""
+    """Decides about completed trainings. `announce(promotion)` tells the others; `count(promotion)` is called once a training."""
 
-    def __init__(self, bucket: Bucket, ledger: Ledger, registry: Registry, announce: Callable[[Promotion], None]) -> None:
-        self._bucket, self._ledger, self._registry, self._announce = bucket, ledger, registry, announce
+    def __init__(
+        self,
+        bucket: Bucket,
+        ledger: Ledger,
+        registry: Registry,
+        announce: Callable[[Promotion], None],
+        count: Callable[[Promotion], None] = lambda _: None,
+    ) -> None:
+        self._bucket, self._ledger, self._registry, self._announce, self._count = bucket, ledger, registry, announce, count
         self._champions = Champions(bucket)
 
     def decide(self, model: str, job_name: str) -> Promotion | None:
@@ -172,7 +179,9 @@ class Promoter:
             promotion = self._decide(model, job_name)
             if promotion is None:
                 return None
-            promotion = self._ledger.record_promotion(promotion)
+            mine, promotion = promotion, self._ledger.record_promotion(promotion)
+            if promotion == mine:
+                self._count(promotion)
         elif promotion.shadow is not None and promotion.verdict == "shadow":
             promotion = self._look_at_shadow(promotion, promotion.shadow)
         self._publish(promotion)

@@ -156,11 +156,11 @@ class SnapshotIndex:
         changed_after = datetime.fromisoformat(since) - _OVERLAP if since else None
         for page in label_studio.annotated_tasks(self._project, since=changed_after, after=after):
             self._database.execute("BEGIN")
-            self.put(page)
+            new = self.put(page)
             self._database.execute("UPDATE progress SET after = ?", (page[-1].id,))
             self._database.execute("COMMIT")
             if since is not None:  # what is read anew when an index is built has been counted before
-                self._count_accepted(page)
+                self._count_accepted(new)
             if time.monotonic() > until:
                 read = f"{self._counts[0]:,} of {there.tasks:,} annotated tasks" if since is None else "a part of what is new"
                 raise ServiceError(f"{read} are read, the next look goes on")
@@ -171,16 +171,16 @@ class SnapshotIndex:
         shown, kept = (sum(getattr(one, name) for one in (self.acceptance, *found)) for name in ("shown", "kept"))
         self.acceptance = Acceptance(shown=shown, kept=kept)
 
-    def put(self, tasks: Iterable[AnnotatedTask]) -> None:
-        """Take in tasks as they are now; one without annotations goes."""
+    def put(self, tasks: Iterable[AnnotatedTask]) -> list[AnnotatedTask]:
+        """Take in tasks as they are now; one without annotations goes. Those of which the index knew something else."""
         blocks: defaultdict[int, list[AnnotatedTask]] = defaultdict(list)
         for task in tasks:
             blocks[task.id // _BLOCK].append(task)
-        for number, some in blocks.items():
-            self._put_into_block(number, some)
+        return [task for number, some in blocks.items() for task in self._put_into_block(number, some)]
 
-    def _put_into_block(self, number: int, tasks: list[AnnotatedTask]) -> None:
+    def _put_into_block(self, number: int, tasks: list[AnnotatedTask]) -> list[AnnotatedTask]:
         entries, lines = self._block(number)
+        before = dict(entries)
         rows: dict[int, ManifestRow | msgspec.Raw] = dict(lines)
         for task in tasks:
             annotation = task.latest
@@ -204,6 +204,7 @@ class SnapshotIndex:
         self._database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (number, _ENCODER.encode(by_task), together))
         figures = number, len(by_task), annotations, places, contents
         self._database.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", figures)
+        return [task for task in tasks if entries.get(task.id) != before.get(task.id)]
 
     def _block(self, number: int) -> tuple[dict[int, _Entry], dict[int, msgspec.Raw]]:
         """What there is of a block's tasks, and of the manifest's lines; both by task, in this order."""
