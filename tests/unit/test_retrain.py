@@ -13,7 +13,7 @@ import pytest
 
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import LabelStudioError, NotSetUpError, TrainingServiceError, UnknownModelError
+from labelloop.errors import LabelStudioError, NotSetUpError, ServiceError, TrainingServiceError, UnknownModelError
 from labelloop.launcher import JobState, JobStatus
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig
@@ -204,11 +204,31 @@ def test_a_completed_job_is_noted_and_the_gate_waited_for(loop: Loop, monkeypatc
     assert head.trained is not None
     assert (head.trained.n_annotations, head.trained.job_name) == (100, name)
     loop.look(asked=True)
-    assert loop.recalled == [("digits", name)] * 2
+    assert loop.recalled == [("digits", name)], "promote has it in its queue"
+    monkeypatch.setattr("labelloop.retrain._RECALL_AGAIN", timedelta(0))
+    loop.look()
+    assert loop.recalled == [("digits", name)] * 2, "an hour later"
     assert len(loop.launcher.started) == 1
     loop.decide()
     assert loop.look().started
     assert loop.recalled == [("digits", name)] * 2
+
+
+def test_a_promote_queue_that_took_nothing_is_asked_at_the_next_look(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labelloop.retrain._PROMOTION_GRACE", timedelta(0))
+    loop.annotate(100)
+    name = loop.look().started
+    loop.launcher.end("Completed")
+
+    def refuse(*_: str) -> None:
+        raise ServiceError("SQS does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.reconciler, "_recall_promotion", refuse)
+        with pytest.raises(ServiceError):
+            loop.look()
+    loop.look()
+    assert loop.recalled == [("digits", name)]
 
 
 def test_the_next_training_meets_the_champion_of_the_last(loop: Loop) -> None:

@@ -151,6 +151,14 @@ class Ledger:
         item = self._get(model, f"answer#{request}")
         return None if item is None else msgspec.json.decode(item["body"]["S"], type=Answer)
 
+    def recalled_at(self, model: str, job_name: str) -> str | None:
+        """When `promote` was last asked to look at a job again; None when it never was."""
+        item = self._get(model, f"recall#{job_name}")
+        return None if item is None else str(item["at"]["S"])
+
+    def note_recall(self, model: str, job_name: str, at: str) -> None:
+        self._call("put_item", Item={**_key(model, f"recall#{job_name}"), "at": {"S": at}})
+
     # Images
 
     def claim_image(self, model: str, project: int, sha256: str, image: str) -> ImageClaim:

@@ -32,6 +32,7 @@ from labelloop.records import Answer, Failure, Head, Job, LeftOut, Trained, Trai
 from labelloop.snapshot_index import SnapshotIndex
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
+_RECALL_AGAIN = timedelta(hours=1)  # what `promote` fails at stays in its queue for some four
 _READING_SECONDS = 180.0  # of Label Studio, in one look; the rest of the function's time is for what comes after
 _REASONS = 5  # why annotated tasks were left out, the commonest: there may be one for each
 _TRIES = 5  # of a look that another one got ahead of
@@ -123,7 +124,14 @@ class Reconciler:
             if judge_live(running.shadow, pairs)[0] == "shadow":
                 begun.remove(running)
         for promotion in begun:
-            self._recall_promotion(model, promotion.job_name)
+            self._recall(model, promotion.job_name, promotion.decided_at)
+
+    def _recall(self, model: str, job_name: str, since: str) -> None:
+        """Have `promote` look at a job again, once an hour; what it was asked before `since` was something else."""
+        asked = self._ledger.recalled_at(model, job_name)
+        if asked is None or asked < since or _age(asked) > _RECALL_AGAIN:
+            self._recall_promotion(model, job_name)
+            self._ledger.note_recall(model, job_name, now())
 
     def _settle(self, model: str, head: Head) -> Head:
         """Find out what became of the running job; start it when it was claimed and never started."""
@@ -166,8 +174,8 @@ class Reconciler:
             return f"{head.running.job_name} is running"
         if head.trained and self._ledger.promotion(model, head.trained.job_name) is None:
             # The next challenger meets whoever wins this one. Asking again heals an end that `promote` never saw.
-            if datetime.now(UTC) - datetime.fromisoformat(head.trained.ended_at) > _PROMOTION_GRACE:
-                self._recall_promotion(model, head.trained.job_name)
+            if _age(head.trained.ended_at) > _PROMOTION_GRACE:
+                self._recall(model, head.trained.job_name, head.trained.ended_at)
             return f"waiting for the promotion gate to decide about {head.trained.job_name}"
         return None
 
@@ -232,6 +240,10 @@ class Reconciler:
 
     def _decide(self, model: str, head: Head, n_annotations: int, *, asked: bool) -> Decision:
         return decide(self._configs[model].config.retrain, head, n_annotations, datetime.now(UTC), asked=asked)
+
+
+def _age(moment: str) -> timedelta:
+    return datetime.now(UTC) - datetime.fromisoformat(moment)
 
 
 class Watchdog:
