@@ -24,6 +24,7 @@ from labelloop.records import (
     Head,
     Job,
     LeftOut,
+    NothingNew,
     Promotion,
     Record,
     ReviewCase,
@@ -84,7 +85,7 @@ class Ledger:
 
     def claim(self, head: Head, job: Job) -> Head:
         """Record that `job` is the model's running training. Raises `ConflictError` when the head has changed meanwhile."""
-        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job, asked=False)
+        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job, asked=False, nothing_new=None)
         self._advance(head, claimed, Training(job=job, status="running"))
         return claimed
 
@@ -94,9 +95,12 @@ class Ledger:
         self._advance(head, after, training)
         return after
 
-    def remember(self, head: Head, *, asked: bool, left_out: LeftOut | None = None) -> None:
+    def remember(
+        self, head: Head, *, asked: bool, left_out: LeftOut | None = None, nothing_new: NothingNew | None = None
+    ) -> None:
         """Note whether a training is asked for, and why one that was due did not start. Raises `ConflictError`."""
-        after = msgspec.structs.replace(head, sequence=head.sequence + 1, asked=asked, left_out=left_out)
+        found = {"asked": asked, "left_out": left_out, "nothing_new": nothing_new}
+        after = msgspec.structs.replace(head, sequence=head.sequence + 1, **found)
         self._advance(head, after, None)
 
     def trainings(self, model: str) -> list[Training]:

@@ -28,7 +28,19 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.policy import Decision, decide
 from labelloop.promotion import judge_live
-from labelloop.records import Answer, Failure, Head, Job, LeftOut, Trained, Training, TrainingStatus, now
+from labelloop.records import (
+    Answer,
+    Counted,
+    Failure,
+    Head,
+    Job,
+    LeftOut,
+    NothingNew,
+    Trained,
+    Training,
+    TrainingStatus,
+    now,
+)
 from labelloop.snapshot_index import SnapshotIndex
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
@@ -46,7 +58,7 @@ class Outcome:
     """What a reconcile did: the job it started, or why it did not. `remembered`: one was asked for, and comes later.
 
     `annotated`: tasks, None where nobody counted. `acceptance`: of annotations that were read for the first time. `left_out`:
-    of a training that was due by the count alone.
+    of a training that was due by the count alone. `nothing_new`: of one that was due, with the same annotations as before.
     """
 
     started: str | None
@@ -55,6 +67,7 @@ class Outcome:
     annotated: int | None = field(default=None, compare=False)
     acceptance: Acceptance = field(default=NONE_SEEN, compare=False)
     left_out: LeftOut | None = field(default=None, compare=False)
+    nothing_new: NothingNew | None = field(default=None, compare=False)
 
 
 class Reconciler:
@@ -108,8 +121,9 @@ class Reconciler:
                 self._ledger.remember(head, asked=True)
             return Outcome(None, busy, remembered=asked)
         outcome = self._train_if_due(model, head, asked=asked)
-        if outcome.started is None and (head.asked or head.left_out != outcome.left_out):
-            self._ledger.remember(head, asked=False, left_out=outcome.left_out)
+        found = outcome.left_out, outcome.nothing_new
+        if outcome.started is None and (head.asked or (head.left_out, head.nothing_new) != found):
+            self._ledger.remember(head, asked=False, left_out=outcome.left_out, nothing_new=outcome.nothing_new)
         return outcome
 
     def _follow_shadow(self, model: str) -> None:
@@ -182,19 +196,31 @@ class Reconciler:
     def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
         folder = self._configs[model]
         project = self._ledger.project(model)
-        annotated = self._label_studio.count_annotated(project)
-        decision = self._decide(model, head, annotated, asked=asked)
+        tally = self._label_studio.tally(project)
+        decision = self._decide(model, head, tally.tasks, asked=asked)
         if not decision.train:
-            return Outcome(None, decision.reason, annotated=annotated)
+            return Outcome(None, decision.reason, annotated=tally.tasks)
+        annotated = Counted(
+            tasks=tally.tasks,
+            annotations=tally.annotations,
+            changed_at=tally.changed_at,
+            made_with=f"{snapshot_index.FORMAT}/{snapshot_index.rules(folder.config, folder.label_config)}",
+        )
+        known = head.nothing_new
+        if known and known.annotated == annotated and not asked:  # what there is need not be read to know it
+            return Outcome(None, known.reason, annotated=tally.tasks, left_out=head.left_out, nothing_new=known)
 
         with (
             tempfile.TemporaryDirectory() as scratch,
             snapshot_index.opened(self._bucket, folder, project, Path(scratch), log=self._log) as index,
         ):
-            index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
+            whole = index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
             manifest = Path(scratch) / "manifest.jsonl"
-            outcome = self._train_what_is_new(head, folder, index, annotated, manifest, asked=asked)
-            return replace(outcome, annotated=annotated, acceptance=index.acceptance)
+            outcome = self._train_what_is_new(head, folder, index, tally.tasks, manifest, asked=asked)
+            # What is committed late may bear the same time as the latest change.
+            settled = whole and tally.changed_at is not None and _age(tally.changed_at) > snapshot_index.OVERLAP
+            same = NothingNew(annotated=annotated, reason=outcome.reason) if outcome.started is None and settled else None
+            return replace(outcome, annotated=tally.tasks, acceptance=index.acceptance, nothing_new=same)
 
     def _train_what_is_new(
         self, head: Head, folder: ModelFolder, index: SnapshotIndex, annotated: int, manifest: Path, *, asked: bool

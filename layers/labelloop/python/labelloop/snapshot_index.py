@@ -40,7 +40,7 @@ from labelloop.records import ManifestRow, Snapshot, Split
 FORMAT = 4  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
-_OVERLAP = timedelta(seconds=30)
+OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
 _REST_SECONDS = 3600  # between two readings of all that take several looks: else constant deletions would have them never end
 _CACHE_KB = 1_024  # blocks are read once, and what a small cache holds the processor's holds too
@@ -104,27 +104,24 @@ class SnapshotIndex:
         """Whether the file is an index of this project, in this format and with this configuration."""
         if self._database.execute("PRAGMA user_version").fetchone() != (FORMAT,):
             return False
-        return bool(self._database.execute("SELECT project, config FROM progress").fetchone() == (self._project, self._made_with))
+        made_with = rules(self._config, self._label_config)
+        return bool(self._database.execute("SELECT project, config FROM progress").fetchone() == (self._project, made_with))
 
     def clear(self) -> None:
         """Make it an empty index."""
         self._database.executescript(
             f"DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS figures; DROP TABLE IF EXISTS progress; {_TABLES}"
         )
-        self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, self._made_with))
+        made_with = rules(self._config, self._label_config)
+        self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, made_with))
         self._database.execute(f"PRAGMA user_version={FORMAT}")
-
-    @property
-    def _made_with(self) -> str:
-        """Digest of all that rows depend on; of the whole config.yaml, so that nothing can be forgotten."""
-        return hashlib.sha256(msgspec.json.encode((self._config, self._label_config))).hexdigest()
 
     # Reading
 
-    def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> None:
+    def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> bool:
         """Read what has changed in Label Studio, or everything where the counts say that the index is not what is there.
 
-        An index that took several looks is not built anew within the hour, though tasks may have gone. Raises
+        Whether it is now: an index that took several looks is not built anew within the hour, though tasks may have gone. Raises
         `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
         """
         until = time.monotonic() + seconds
@@ -137,7 +134,7 @@ class SnapshotIndex:
                 self._database.execute("UPDATE progress SET ended = ?", (time.time(),))
                 goes_on = False
             if self._holds(there):
-                return
+                return True
             if there != before and number % _ROUNDS:  # somebody annotates meanwhile
                 before = there
                 continue
@@ -147,13 +144,14 @@ class SnapshotIndex:
             self.clear()
             begins_anew, before = True, None
         log("counts differ, the index is taken as it is", model=self._config.name, index=self._counts, there=there)
+        return False
 
     def _read(self, label_studio: LabelStudioClient, there: Tally, until: float) -> None:
         since, begun, after = self._progress
         if begun is None:
             begun = there.changed_at or ""
             self._database.execute("UPDATE progress SET begun = ?", (begun,))
-        changed_after = datetime.fromisoformat(since) - _OVERLAP if since else None
+        changed_after = datetime.fromisoformat(since) - OVERLAP if since else None
         for page in label_studio.annotated_tasks(self._project, since=changed_after, after=after):
             self._database.execute("BEGIN")
             new = self.put(page)
@@ -297,6 +295,11 @@ class SnapshotIndex:
                 parts[content % _PARTS].append(content)
         several = [part for part in parts if len(set(part)) < len(part)]
         return {content for part in several for content, count in Counter(part).items() if count > 1}
+
+
+def rules(config: ModelConfig, label_config: LabelConfig) -> str:
+    """Digest of all that rows depend on, the format aside; of the whole config.yaml, so that nothing can be forgotten."""
+    return hashlib.sha256(msgspec.json.encode((config, label_config))).hexdigest()
 
 
 def freeze(

@@ -136,10 +136,6 @@ class LabelStudioClient:
         newest = next(iter(answer.tasks), None)
         return Tally(answer.total, answer.total_annotations, newest.updated_at if newest else None)
 
-    def count_annotated(self, project: int) -> int:
-        """Tasks with at least one annotation that was not skipped."""
-        return self.tally(project).tasks
-
     def counts(self, project: int) -> dict[str, int]:
         """`tasks` and `annotated` of a project."""
         answer = self._json("GET", f"/api/projects/{project}?include=id,task_number")
