@@ -33,7 +33,7 @@ def promoter() -> Promoter:
         announce(events, settings.event_bus, "ModelPromoted" if promotion.verdict == "promote" else "ModelKept", promotion)
 
     registry = Registry(settings.mlflow_tracking_uri, MlflowToken.of(settings))
-    return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell, count)
+    return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell, count, log=log.warning)
 
 
 def decide(signal: PromoteSignal) -> None:

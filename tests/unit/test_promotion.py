@@ -115,11 +115,15 @@ class Gate:
     mlflow: RecordingServer
     announced: list[Promotion] = field(default_factory=list)
     counted: list[Promotion] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.champions = Champions(self.bucket)
         registry = Registry(self.mlflow.url)
-        self.promoter = Promoter(self.bucket, self.ledger, registry, self.announced.append, self.counted.append)
+        self.promoter = Promoter(self.bucket, self.ledger, registry, self.announced.append, self.counted.append, log=self._note)
+
+    def _note(self, message: str, **fields: object) -> None:
+        self.logged.append(f"{message}: version {fields['version']}")
 
     def train(self, report: Evaluation, onnx: bytes = b"onnx", *, archive: bytes | None = None) -> None:
         """Leave what a training job leaves."""
@@ -327,6 +331,27 @@ def test_a_registry_that_fails_is_told_again_later(gate: Gate) -> None:
     decided = gate.decide()
     assert gate.aliases == {"champion": "1"}
     assert gate.announced == gate.counted == [decided]
+
+
+GONE = Answer(404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Model Version (name=digits, version=1) not found"})
+
+
+def test_a_version_that_was_deleted_in_mlflow_serves_and_everybody_else_is_told(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.mlflow.answer = lambda _: GONE
+    decided = gate.decide()
+    assert gate.announced == [decided]
+    assert gate.champion is not None
+    assert gate.champion.version == 1
+    assert gate.logged == ["not in MLflow: version 1"]
+
+
+def test_an_address_where_no_mlflow_is_is_an_error(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.mlflow.answer = lambda _: Answer(404, b"<h1>Not Found</h1>")
+    with pytest.raises(RegistryError, match="404"):
+        gate.decide()
+    assert gate.announced == []
 
 
 def test_a_job_that_left_nothing_is_nothing_to_decide_about(gate: Gate) -> None:

@@ -285,7 +285,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         self.ledger.set_project("digits", 1)
-        self.promoter = Promoter(self.bucket, self.ledger, cast(Any, self), self.announced.append, self._count)
+        self.promoter = Promoter(self.bucket, self.ledger, cast(Any, self), self.announced.append, self._count, log=print)
         self.reconciler = Reconciler(
             "local",
             examples.CONFIGS,
