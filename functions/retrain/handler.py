@@ -63,13 +63,13 @@ def watchdog() -> Watchdog:
 @log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     messages: dict[str, list[tuple[str, TrainingSignal]]] = defaultdict(list)  # model → (message id, signal)
-    failed: set[str] = set()
+    failed, unreadable = set[str](), set[str]()
     for record in event["Records"]:
         try:
             signal = msgspec.json.decode(record["body"], type=TrainingSignal)
         except (ValueError, RecursionError) as error:  # no JSON, no text, not of the type; nested too deep
             log.error("no training signal", message_id=record["messageId"], reason=str(error))
-            failed.add(record["messageId"])
+            unreadable.add(record["messageId"])
             continue
         for model in [signal.model] if signal.model else ModelConfigs.find().names:
             messages[model].append((record["messageId"], signal))
@@ -91,8 +91,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             count(model, outcome, idle=all(signal.action == SCHEDULE for _, signal in signals))
             if any(signal.action == SCHEDULE for _, signal in signals):
                 _watch(model)
-    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
-    return redelivery(event, answer, TrainingSignal)
+    return redelivery(event, failed, unreadable)
 
 
 def count(model: str, outcome: Outcome, *, idle: bool) -> None:

@@ -27,6 +27,12 @@ from tests.examples import LambdaContext, basic, sqs_event
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
 
+def at_once(_event: Any, failed: set[str], unreadable: set[str]) -> dict[str, Any]:
+    """`Redelivery` without a queue."""
+    assert not failed & unreadable
+    return {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed | unreadable)]}
+
+
 def failures(answer: Any) -> list[str]:
     assert answer.keys() == {"batchItemFailures"}
     return [entry["itemIdentifier"] for entry in answer["batchItemFailures"]]
@@ -68,7 +74,7 @@ def retrain(
     handler = examples.load_handler("retrain")
     monkeypatch.setattr(handler, "reconciler", lambda: reconciler)
     monkeypatch.setattr(handler, "watchdog", lambda: watchdog)
-    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
+    monkeypatch.setattr(handler, "redelivery", at_once)
     return failures(handler.handler(sqs_event(*bodies), LambdaContext()))
 
 
@@ -450,10 +456,17 @@ def test_what_nobody_foresaw_is_in_the_log_and_brings_only_its_own_message_again
             return Prelabelled()
 
     handler = examples.load_handler(function)
+    given: list[tuple[set[str], ...]] = []
+
+    def redelivery(event: Any, *messages: set[str]) -> dict[str, Any]:
+        given.append(messages)
+        return at_once(event, *messages)
+
     monkeypatch.setattr(handler, worker, Worker)
-    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
+    monkeypatch.setattr(handler, "redelivery", redelivery)
     broken, removed, digits = ({"model": model, **message} for model in ("broken", "removed", "digits"))
     assert failures(handler.handler(sqs_event(digits, broken, "no json", removed, digits), LambdaContext())) == ["m1", "m2"]
+    assert given == [({"m1"}, {"m2"})]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     errors = [line for line in lines if line.get("level") == "ERROR"]
     assert [line["model"] for line in lines if line.get("message") == "refused"] == ["removed"]

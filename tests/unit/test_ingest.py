@@ -207,6 +207,7 @@ def test_a_message_that_is_no_json_comes_again_alone(intake: Intake, body: str) 
     assert outcome.created == [key]
     assert outcome.again.keys() == {"m0"}
     assert "no event of S3" in outcome.again["m0"]
+    assert outcome.unreadable == {"m0"}
 
 
 ODD_EVENTS: list[Any] = [

@@ -32,12 +32,13 @@ from labelloop.records import TaskRange, version_string
 
 @dataclass
 class Outcome:
-    """What became of a batch: messages by fate. Only `again` is redelivered."""
+    """What became of a batch: messages by fate. Only `again` is redelivered, of it `unreadable` are no events at all."""
 
     created: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # key → reason
     again: dict[str, str] = field(default_factory=dict)  # message id → reason
+    unreadable: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Ingest:
                 key = _key(msgspec.json.decode(body))
             except (ValueError, RecursionError) as error:  # no JSON, no text; nested too deep
                 outcome.again[message] = f"the message is no event of S3: {error}"
+                outcome.unreadable.add(message)
                 continue
             if key.endswith("/"):  # the marker of a folder
                 continue
