@@ -75,7 +75,7 @@ def test_what_is_no_message_is_decoded_once(body: str, monkeypatch: pytest.Monke
         given.append((failed, unreadable))
         return {}
 
-    work_off(sqs_event(body), PromoteSignal, lambda _: pytest.fail(), log=Log(), redelivery=cast(Any, redelivery))
+    work_off(sqs_event(body), PromoteSignal, lambda _: pytest.fail("it was taken"), log=Log(), redelivery=cast(Any, redelivery))
     assert (decoded, given) == ([body], [(set(), {"m0"})])
 
 
