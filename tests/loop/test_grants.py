@@ -196,6 +196,7 @@ class Works:
         ended = datetime.fromisoformat(trained.ended_at)
         wait_for(lambda: datetime.now(UTC) - ended > ASKED_AGAIN, 60, "it is time to ask for the verdict again")
         self._forget(f"promotion#{trained.job_name}")
+        self._forget(f"recall#{trained.job_name}")  # or it asks in an hour
         try:
             if function.invoke(_message({"model": self._model, "action": "SCHEDULE"})) != {"batchItemFailures": []}:
                 return False

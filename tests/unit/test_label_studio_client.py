@@ -76,7 +76,7 @@ def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_o
 
     server.answer = answer
     clock = [1_000.0]
-    monkeypatch.setattr("labelloop.label_studio.client.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("labelloop.label_studio.client.time", SimpleNamespace(time=lambda: clock[0], monotonic=lambda: 0.0))
     client = LabelStudioClient(server.url, PERSONAL)
     for seconds, token in ((0, "access-1"), (200, "access-1"), (100, "access-2")):
         clock[0] += seconds

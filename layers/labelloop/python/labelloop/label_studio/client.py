@@ -453,7 +453,8 @@ class LabelStudioClient:
     def _authorization(self) -> str:
         if not self._is_personal:
             return f"Token {self._token}"
-        if self._access is None or time.monotonic() > self._access[1]:
+        # No monotonic clock: it may stand still while Lambda freezes the sandbox.
+        if self._access is None or not 0 <= time.time() - self._access[1] < _ACCESS_TOKEN_SECONDS:
             try:
                 answer = self._http.request(
                     "POST", f"{self.url}/api/token/refresh/", json={"refresh": self._token}, redirect=False
@@ -466,7 +467,7 @@ class LabelStudioClient:
                 access = str(answer.json()["access"])
             except (ValueError, KeyError, TypeError) as error:
                 raise LabelStudioError(f"Label Studio at {self.url} gave no access token for the personal one") from error
-            self._access = (access, time.monotonic() + _ACCESS_TOKEN_SECONDS)
+            self._access = (access, time.time())
         return f"Bearer {self._access[0]}"
 
 
