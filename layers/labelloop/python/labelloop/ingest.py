@@ -105,6 +105,7 @@ class Ingest:
             outcome.again.update({message: str(error) for message, _ in messages})
             return
         ours: dict[str, _Image] = {}
+        copies: list[_Image] = []  # of these
         perhaps: dict[str, set[str]] = {}  # SHA-256 → addresses under which a task may exist
         for message, key in messages:
             try:
@@ -113,7 +114,7 @@ class Ingest:
                     outcome.refused[key] = "the object is gone"
                     continue
                 if image.sha256 in ours:
-                    outcome.known.append(key)
+                    copies.append(image)
                     continue
                 claim = self._ledger.claim_image(model, project, image.sha256, image.address)
             except (ImageError, TooLargeError) as error:
@@ -133,7 +134,9 @@ class Ingest:
         try:
             self._make_tasks(model, project, data_key, list(ours.values()), perhaps, outcome)
         except LabelloopError as error:
-            outcome.again.update({image.message: str(error) for image in ours.values()})
+            outcome.again.update({image.message: str(error) for image in (*ours.values(), *copies)})
+        else:
+            outcome.known += [image.key for image in copies]
 
     def _make_tasks(
         self, model: str, project: int, data_key: str, images: list[_Image], perhaps: dict[str, set[str]], outcome: Outcome
