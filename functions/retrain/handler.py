@@ -75,8 +75,10 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             messages[model].append((record["messageId"], signal))
     for model, signals in messages.items():
         try:
-            outcome = reconciler().reconcile(model, asked=any(signal.action == ASKED for _, signal in signals))
-            for request in {signal.request for _, signal in signals if signal.request}:
+            requests = {signal.request or message for message, signal in signals if signal.action == ASKED}
+            new = [request for request in requests if not reconciler().has_answered(model, request)]
+            outcome = reconciler().reconcile(model, asked=bool(new))
+            for request in new:
                 reconciler().answer(model, request, outcome)
         except (NotSetUpError, UnknownModelError) as error:  # asking again helps nobody: the schedule looks once it is set up
             log.warning("refused", model=model, reason=str(error), error=type(error).__name__)

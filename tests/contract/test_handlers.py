@@ -58,6 +58,9 @@ class Reconciler:
         self._errors = errors
         self.outcome = Outcome(None, "nothing to do")
 
+    def has_answered(self, model: str, request: str) -> bool:
+        return request in [answered for by, answered, _ in self.answered if by == model]
+
     def answer(self, model: str, request: str, outcome: Outcome) -> None:
         self.answered.append((model, request, outcome.reason))
 
@@ -92,6 +95,19 @@ def test_one_press_of_the_button_among_many_signals_is_enough(monkeypatch: pytes
     reconciler = Reconciler()
     retrain(monkeypatch, reconciler, signal("digits"), signal("digits", "START_TRAINING"), signal("digits"), signal("faces"))
     assert reconciler.asked == [("digits", True), ("faces", False)]
+
+
+def test_start_training_that_is_delivered_again_is_not_pressed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be remembered while the training that it started runs, and start another one after it."""
+    reconciler = Reconciler()
+    for _ in range(2):
+        assert retrain(monkeypatch, reconciler, signal("digits", "START_TRAINING")) == []
+    assert reconciler.asked == [("digits", True), ("digits", False)]
+    assert [request for _, request, _ in reconciler.answered] == ["m0"]
+    broken = Reconciler(digits=LabelStudioError("it is away"))
+    for _ in range(2):
+        assert retrain(monkeypatch, broken, signal("digits", "START_TRAINING")) == ["m0"]
+    assert broken.asked == [("digits", True)] * 2, "what failed was not done"
 
 
 def test_each_request_is_answered_and_what_failed_is_not_yet(monkeypatch: pytest.MonkeyPatch) -> None:

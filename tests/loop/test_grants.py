@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -119,7 +120,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _message(body: dict[str, Any]) -> dict[str, Any]:
     record = {
-        "messageId": "1",
+        "messageId": uuid.uuid4().hex,
         "eventSource": "aws:sqs",
         "eventSourceARN": "arn:aws:sqs:us-east-1:000000000000:none",
         "receiptHandle": "1",

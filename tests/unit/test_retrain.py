@@ -522,6 +522,7 @@ def test_who_made_a_request_reads_what_came_of_it(loop: Loop) -> None:
     busy = loop.look(asked=True)
     loop.reconciler.answer("digits", "second", busy)
     assert loop.ledger.answer("digits", "nobody's") is None
+    assert [loop.reconciler.has_answered("digits", request) for request in ("first", "nobody's")] == [True, False]
     first, second = (loop.ledger.answer("digits", request) for request in ("first", "second"))
     assert first is not None
     assert second is not None

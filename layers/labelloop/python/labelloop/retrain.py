@@ -98,6 +98,10 @@ class Reconciler:
                 time.sleep(random.uniform(0.02, 0.2))
         return self._look(model, asked=asked)
 
+    def has_answered(self, model: str, request: str) -> bool:
+        """Whether a request has come to something: its message may be delivered again."""
+        return self._ledger.answer(model, request) is not None
+
     def answer(self, model: str, request: str, outcome: Outcome) -> None:
         """Tell whoever made a request and waits what came of it."""
         self._ledger.record_answer(
