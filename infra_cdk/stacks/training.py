@@ -90,6 +90,10 @@ class TrainingStack(cdk.Stack):
             metric_name="TrainingsFailed",
         )
 
+    @property
+    def _serving_memory_mb(self) -> int:
+        return max(config.serving.memory_mb for config in self._stage.configs)
+
     def _add_ingest(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
             "ingest",
@@ -143,7 +147,7 @@ class TrainingStack(cdk.Stack):
             "promote",
             worker,
             description="Decides whether a trained version becomes the champion",
-            memory_mb=1024,
+            memory_mb=max(1024, self._serving_memory_mb),  # it unpacks what predict loads
             environment={
                 "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
@@ -185,7 +189,7 @@ class TrainingStack(cdk.Stack):
             "prelabel",
             worker,
             description="Predicts the tasks that nobody has annotated, which orders the queue",
-            memory_mb=max(config.serving.memory_mb for config in self._stage.configs),
+            memory_mb=self._serving_memory_mb,
             environment={
                 "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
