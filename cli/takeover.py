@@ -14,7 +14,7 @@ import boto3
 from rich.console import Console
 
 from cli.deployment import Deployment
-from labelloop.errors import ConflictError, ModelError, RequestError
+from labelloop.errors import ConflictError, ModelError, NotRegisteredError, RequestError
 from labelloop.messages import announce
 from labelloop.promotion import pointer
 from labelloop.records import METRIC_TITLES, Champion, Metric, Takeover, VersionJudged
@@ -23,13 +23,17 @@ from labelloop.wording import counted
 
 @dataclass(frozen=True)
 class Outcome:
-    """`finished`: a command that had been interrupted is done now, and this is its takeover."""
+    """`finished`: a command that had been interrupted is done now, and this is its takeover.
+
+    `registered`: MLflow has the version.
+    """
 
     takeover: Takeover
     metric: Metric
     value: float
     n_annotations: int
     finished: bool
+    registered: bool
 
 
 def rollback(deployment: Deployment, model: str, to: int | None, reason: str | None, events: Any = None) -> Outcome:
@@ -97,23 +101,25 @@ class _TakingOver:
                 f"another version of {self._model} took over at the same moment; look with labelloop status {self._model}, "
                 "and run the command again if you still want it"
             ) from None
-        self._publish(successor)
-        return _outcome(successor, finished=False)
+        return _outcome(successor, finished=False, registered=self._publish(successor))
 
     def finish(self) -> Outcome:
         """Do what an interrupted command left undone."""
-        self._publish(self.champion)
-        return _outcome(self.champion, finished=True)
+        return _outcome(self.champion, finished=True, registered=self._publish(self.champion))
 
-    def _publish(self, champion: Champion) -> None:
-        """Tell the registry, everybody else, and last the ledger. Repeating it is harmless."""
-        registry = self._deployment.registry
-        registry.tag(self._model, champion.version, {"takeover": champion.by, "takeover_reason": champion.reason})
-        registry.set_alias(self._model, "champion", champion.version)
+    def _publish(self, champion: Champion) -> bool:
+        """Tell the registry, everybody else, and last the ledger; whether the registry has it. Repeating it is harmless."""
+        registry, registered = self._deployment.registry, True
+        try:
+            registry.tag(self._model, champion.version, {"takeover": champion.by, "takeover_reason": champion.reason})
+            registry.set_alias(self._model, "champion", champion.version)
+        except NotRegisteredError:
+            registered = False
         events = self._events or boto3.client("events")
         judged = VersionJudged(model=self._model, version=champion.version)
         announce(events, self._deployment.outputs["EventBus"], "ModelPromoted", judged)
         self._deployment.ledger.record_takeover(champion.takeover)
+        return registered
 
     def _versions(self) -> str:
         return ", ".join(map(str, versions(self._deployment.artifacts.keys(f"models/{self._model}/")))) or "none"
@@ -125,13 +131,14 @@ def versions(keys: Sequence[str]) -> list[int]:
     return sorted(int(number) for number in found if number.isdigit())
 
 
-def _outcome(champion: Champion, *, finished: bool) -> Outcome:
+def _outcome(champion: Champion, *, finished: bool, registered: bool) -> Outcome:
     return Outcome(
         takeover=champion.takeover,
         metric=champion.metric,
         value=champion.value,
         n_annotations=champion.n_annotations,
         finished=finished,
+        registered=registered,
     )
 
 
@@ -144,6 +151,11 @@ def show(outcome: Outcome, console: Console) -> None:
     for line in (
         f"{done}version {takeover.version} of {takeover.model} serves{was} ({measured})",
         f"reason: {takeover.reason}",
+        *(
+            []
+            if outcome.registered
+            else ["MLflow has this version no more, so nothing there says that it serves; it needs nothing of it"]
+        ),
         "Label Studio follows by itself: the backend's title first, then the predictions of unlabelled tasks",
         "the next trained version is compared with this one",
     ):

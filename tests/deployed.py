@@ -163,7 +163,7 @@ class Stage:
         after = msgspec.structs.replace(head, trained=trained)
         self.ledger.finish(head, after, Training(job=job, status="completed", ended_at=ended))
         self.services.ended.add(job.job_name)
-        decided = Promoter(self.bucket, self.ledger, FakeRegistry(), lambda _: None).decide(self.model, job.job_name)  # type: ignore[arg-type]
+        decided = Promoter(self.bucket, self.ledger, FakeRegistry(), lambda _: None, log=print).decide(self.model, job.job_name)  # type: ignore[arg-type]
         assert decided is not None
         at = (NOON + timedelta(seconds=181)).isoformat()
         noted = {"model": {"S": self.model}, "record": {"S": f"promotion#{job.job_name}"}}

@@ -39,10 +39,6 @@ class FakeLabelStudio:
         if method in self.dies_after:
             raise LabelStudioError("the connection broke before the answer")
 
-    def count_annotated(self, project: int) -> int:
-        self._begin("count_annotated")
-        return self._tally.tasks
-
     def tally(self, project: int) -> Tally:
         self._begin("tally")
         return self._tally

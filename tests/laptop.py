@@ -70,7 +70,7 @@ class Loop:
 
     @property
     def annotated(self) -> int:
-        return self.deployment.label_studio.count_annotated(self.project)
+        return self.deployment.label_studio.tally(self.project).tasks
 
     def annotate_more(self, count: int) -> int:
         """Annotate that many more tasks; how many there are then."""

@@ -44,5 +44,4 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
         log.warning("refused", key=key, reason=reason)
     for reason, messages in Counter(outcome.again.values()).items():
         log.error("comes again", messages=messages, reason=reason)
-    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in outcome.again]}
-    return redelivery(event, answer, dict)
+    return redelivery(event, outcome.again.keys() - outcome.unreadable, outcome.unreadable)

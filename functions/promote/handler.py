@@ -33,7 +33,7 @@ def promoter() -> Promoter:
         announce(events, settings.event_bus, "ModelPromoted" if promotion.verdict == "promote" else "ModelKept", promotion)
 
     registry = Registry(settings.mlflow_tracking_uri, MlflowToken.of(settings))
-    return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell)
+    return Promoter(Bucket(settings.artifacts_bucket), Ledger(settings.ledger_table), registry, tell, count, log=log.warning)
 
 
 def decide(signal: PromoteSignal) -> None:
@@ -43,7 +43,6 @@ def decide(signal: PromoteSignal) -> None:
     else:
         told = ("version", "reason", "metric", "value", "n_annotations")
         log.info(promotion.verdict, model=signal.model, **{name: getattr(promotion, name) for name in told})
-        count(promotion)
 
 
 def count(promotion: Promotion) -> None:

@@ -63,20 +63,22 @@ def watchdog() -> Watchdog:
 @log.of_invocations
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     messages: dict[str, list[tuple[str, TrainingSignal]]] = defaultdict(list)  # model → (message id, signal)
-    failed: set[str] = set()
+    failed, unreadable = set[str](), set[str]()
     for record in event["Records"]:
         try:
             signal = msgspec.json.decode(record["body"], type=TrainingSignal)
         except (ValueError, RecursionError) as error:  # no JSON, no text, not of the type; nested too deep
             log.error("no training signal", message_id=record["messageId"], reason=str(error))
-            failed.add(record["messageId"])
+            unreadable.add(record["messageId"])
             continue
         for model in [signal.model] if signal.model else ModelConfigs.find().names:
             messages[model].append((record["messageId"], signal))
     for model, signals in messages.items():
         try:
-            outcome = reconciler().reconcile(model, asked=any(signal.action == ASKED for _, signal in signals))
-            for request in {signal.request for _, signal in signals if signal.request}:
+            requests = {signal.request or message for message, signal in signals if signal.action == ASKED}
+            new = [request for request in requests if not reconciler().has_answered(model, request)]
+            outcome = reconciler().reconcile(model, asked=bool(new))
+            for request in new:
                 reconciler().answer(model, request, outcome)
         except (NotSetUpError, UnknownModelError) as error:  # asking again helps nobody: the schedule looks once it is set up
             log.warning("refused", model=model, reason=str(error), error=type(error).__name__)
@@ -91,8 +93,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             count(model, outcome, idle=all(signal.action == SCHEDULE for _, signal in signals))
             if any(signal.action == SCHEDULE for _, signal in signals):
                 _watch(model)
-    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed)]}
-    return redelivery(event, answer, TrainingSignal)
+    return redelivery(event, failed, unreadable)
 
 
 def count(model: str, outcome: Outcome, *, idle: bool) -> None:

@@ -35,10 +35,23 @@ class AlarmTopic(sns.Topic):
 
 
 class OperatorAlarm(cloudwatch.Alarm):
-    """Rings at `threshold` and above. `says`: what is wrong; `runbook`: the row of docs/operations.md that says what to do."""
+    """Rings at `threshold` and above, in `rings_in` of the metric's last `periods`.
+
+    `says`: what is wrong; `runbook`: the row of docs/operations.md that says what to do.
+    """
 
     def __init__(
-        self, scope: Construct, id: str, *, stage: Stage, says: str, runbook: str, metric: cloudwatch.IMetric, threshold: float
+        self,
+        scope: Construct,
+        id: str,
+        *,
+        stage: Stage,
+        says: str,
+        runbook: str,
+        metric: cloudwatch.IMetric,
+        threshold: float,
+        rings_in: int = 1,
+        periods: int = 1,
     ) -> None:
         super().__init__(
             scope,
@@ -46,7 +59,8 @@ class OperatorAlarm(cloudwatch.Alarm):
             alarm_description=f"{says}. What to do: {RUNBOOK}#{runbook}",
             metric=metric,
             threshold=threshold,
-            evaluation_periods=1,
+            evaluation_periods=periods,
+            datapoints_to_alarm=rings_in,
             comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_OR_EQUAL_TO_THRESHOLD,
             treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import aws_cdk as cdk
+from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_lambda as lambda_
 from aws_cdk import aws_lambda_event_sources as event_sources
+from aws_cdk import aws_logs as logs
 from aws_cdk import aws_sqs as sqs
 from constructs import Construct
 
@@ -13,13 +15,16 @@ from infra_cdk.stage import Stage
 
 # With the pauses that functions make (`labelloop.messages`) a message outlives an outage of some four hours.
 _MAX_RECEIVES = 20
-_OLD = cdk.Duration.hours(1)
+_FAILED = "MessagesFailed"
+_DIED = ("[ERROR]", "Task timed out", "Runtime exited", "OutOfMemory")  # what Lambda writes of a function that said nothing
 
 
 class QueueWorker(Construct):
     """`function` gets batches and answers which messages failed; after twenty receives one moves to `dead_letters`.
 
-    `tells_age`: False where another queue's alarm tells of the same outages; each costs ten cents a month.
+    `longest_wait`: how old a message may become that nobody takes, longer than a large batch takes; None where nobody is told,
+    for an alarm costs ten cents a month. SQS leaves out of that age what was received three times, so that messages fail is
+    told from the function's log (`FailingAlarm`).
     """
 
     def __init__(
@@ -32,10 +37,10 @@ class QueueWorker(Construct):
         batch_size: int = 10,
         batching_window: cdk.Duration | None = None,
         max_concurrency: int,
-        tells_age: bool = True,
+        longest_wait: cdk.Duration | None,
     ) -> None:
         super().__init__(scope, id)
-        self.timeout = timeout
+        self.timeout, self._stage = timeout, stage
         self._batch_size, self._batching_window, self._max_concurrency = batch_size, batching_window, max_concurrency
         self.dead_letters = sqs.Queue(
             self,
@@ -63,15 +68,15 @@ class QueueWorker(Construct):
             ),
             threshold=1,
         )
-        if tells_age:
+        if longest_wait:
             OperatorAlarm(
                 self,
                 "OldAlarm",
                 stage=stage,
-                says=f"{id} has been failing for an hour: its log says what it waits for",
+                says=f"nobody takes the messages of {id}",
                 runbook="old-messages",
                 metric=self.queue.metric_approximate_age_of_oldest_message(period=cdk.Duration.minutes(5), statistic="Maximum"),
-                threshold=_OLD.to_seconds(),
+                threshold=longest_wait.to_seconds(),
             )
 
     def work_with(self, function: lambda_.Function) -> None:
@@ -84,4 +89,33 @@ class QueueWorker(Construct):
                 max_concurrency=self._max_concurrency,
                 report_batch_item_failures=True,
             )
+        )
+        said = logs.FilterPattern.string_value("$.level", "=", "ERROR")
+        for id, pattern in (("SaidFailed", said), ("Died", logs.FilterPattern.any_term(*_DIED))):
+            logs.MetricFilter(
+                self,
+                id,
+                log_group=function.log_group,
+                filter_pattern=pattern,
+                metric_namespace=self._stage.prefix,
+                metric_name=_FAILED,
+            )
+
+
+class FailingAlarm(OperatorAlarm):
+    """Rings when messages of any queue have been failing for more than an hour; one that fails comes again within half of one."""
+
+    def __init__(self, scope: Construct, id: str, *, stage: Stage) -> None:
+        super().__init__(
+            scope,
+            id,
+            stage=stage,
+            says="messages have been failing for more than an hour: the log of the function that fails says why",
+            runbook="failing-messages",
+            metric=cloudwatch.Metric(
+                namespace=stage.prefix, metric_name=_FAILED, period=cdk.Duration.minutes(30), statistic="Sum"
+            ),
+            threshold=1,
+            rings_in=3,
+            periods=4,
         )

@@ -23,7 +23,7 @@ from infra_cdk.constructs.grants import (
 )
 from infra_cdk.constructs.layers import Layers
 from infra_cdk.constructs.python_function import INFERENCE_THREADS, PythonFunction
-from infra_cdk.constructs.queue_worker import QueueWorker
+from infra_cdk.constructs.queue_worker import FailingAlarm, QueueWorker
 from infra_cdk.constructs.secrets import (
     allow_reading_backend_secrets,
     allow_reading_label_studio_secret,
@@ -55,12 +55,17 @@ class TrainingStack(cdk.Stack):
             batch_size=100,
             batching_window=cdk.Duration.seconds(5),
             max_concurrency=4,
+            longest_wait=cdk.Duration.days(1),  # hundreds of thousands of images may come at once
         )
-        retrain = QueueWorker(self, "Retrain", stage=stage, timeout=cdk.Duration.seconds(300), max_concurrency=2)
-        promote = QueueWorker(self, "Promote", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2)
-        # What refresh waits for, retrain needs as well, and at every look of the schedule.
-        refresh = QueueWorker(self, "Refresh", stage=stage, timeout=cdk.Duration.seconds(120), max_concurrency=2, tells_age=False)
-        prelabel = QueueWorker(self, "Prelabel", stage=stage, timeout=cdk.Duration.seconds(300), batch_size=1, max_concurrency=2)
+        minutes, hour = cdk.Duration.minutes, cdk.Duration.hours(1)
+        retrain = QueueWorker(self, "Retrain", stage=stage, timeout=minutes(5), max_concurrency=2, longest_wait=hour)
+        promote = QueueWorker(self, "Promote", stage=stage, timeout=minutes(2), max_concurrency=2, longest_wait=hour)
+        # What keeps Lambda from taking these keeps it from retrain's as well, as a rule, which the schedule fills all the time.
+        refresh = QueueWorker(self, "Refresh", stage=stage, timeout=minutes(2), max_concurrency=2, longest_wait=None)
+        prelabel = QueueWorker(
+            self, "Prelabel", stage=stage, timeout=minutes(5), batch_size=1, max_concurrency=2, longest_wait=None
+        )
+        FailingAlarm(self, "Failing", stage=stage)
         self.retrain_queue, self.prelabel_queue = retrain.queue, prelabel.queue
         self.functions: dict[str, PythonFunction] = {}
 
@@ -84,6 +89,10 @@ class TrainingStack(cdk.Stack):
             metric_namespace=stage.prefix,
             metric_name="TrainingsFailed",
         )
+
+    @property
+    def _serving_memory_mb(self) -> int:
+        return max(config.serving.memory_mb for config in self._stage.configs)
 
     def _add_ingest(self, worker: QueueWorker, prelabel: QueueWorker) -> None:
         role = self._function(
@@ -138,7 +147,7 @@ class TrainingStack(cdk.Stack):
             "promote",
             worker,
             description="Decides whether a trained version becomes the champion",
-            memory_mb=1024,
+            memory_mb=max(1024, self._serving_memory_mb),  # it unpacks what predict loads
             environment={
                 "POWERTOOLS_METRICS_NAMESPACE": self._stage.prefix,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,
@@ -180,7 +189,7 @@ class TrainingStack(cdk.Stack):
             "prelabel",
             worker,
             description="Predicts the tasks that nobody has annotated, which orders the queue",
-            memory_mb=max(config.serving.memory_mb for config in self._stage.configs),
+            memory_mb=self._serving_memory_mb,
             environment={
                 "LABELLOOP_IMAGES_BUCKET": self._state.images.bucket_name,
                 "LABELLOOP_ARTIFACTS_BUCKET": self._state.artifacts.bucket_name,

@@ -27,6 +27,12 @@ from tests.examples import LambdaContext, basic, sqs_event
 from tests.recording_server import Answer, RecordingServer, Request, serving
 
 
+def at_once(_event: Any, failed: set[str], unreadable: set[str]) -> dict[str, Any]:
+    """`Redelivery` without a queue."""
+    assert not failed & unreadable
+    return {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed | unreadable)]}
+
+
 def failures(answer: Any) -> list[str]:
     assert answer.keys() == {"batchItemFailures"}
     return [entry["itemIdentifier"] for entry in answer["batchItemFailures"]]
@@ -52,6 +58,9 @@ class Reconciler:
         self._errors = errors
         self.outcome = Outcome(None, "nothing to do")
 
+    def has_answered(self, model: str, request: str) -> bool:
+        return request in [answered for by, answered, _ in self.answered if by == model]
+
     def answer(self, model: str, request: str, outcome: Outcome) -> None:
         self.answered.append((model, request, outcome.reason))
 
@@ -68,7 +77,7 @@ def retrain(
     handler = examples.load_handler("retrain")
     monkeypatch.setattr(handler, "reconciler", lambda: reconciler)
     monkeypatch.setattr(handler, "watchdog", lambda: watchdog)
-    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
+    monkeypatch.setattr(handler, "redelivery", at_once)
     return failures(handler.handler(sqs_event(*bodies), LambdaContext()))
 
 
@@ -86,6 +95,19 @@ def test_one_press_of_the_button_among_many_signals_is_enough(monkeypatch: pytes
     reconciler = Reconciler()
     retrain(monkeypatch, reconciler, signal("digits"), signal("digits", "START_TRAINING"), signal("digits"), signal("faces"))
     assert reconciler.asked == [("digits", True), ("faces", False)]
+
+
+def test_start_training_that_is_delivered_again_is_not_pressed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be remembered while the training that it started runs, and start another one after it."""
+    reconciler = Reconciler()
+    for _ in range(2):
+        assert retrain(monkeypatch, reconciler, signal("digits", "START_TRAINING")) == []
+    assert reconciler.asked == [("digits", True), ("digits", False)]
+    assert [request for _, request, _ in reconciler.answered] == ["m0"]
+    broken = Reconciler(digits=LabelStudioError("it is away"))
+    for _ in range(2):
+        assert retrain(monkeypatch, broken, signal("digits", "START_TRAINING")) == ["m0"]
+    assert broken.asked == [("digits", True)] * 2, "what failed was not done"
 
 
 def test_each_request_is_answered_and_what_failed_is_not_yet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +406,8 @@ def test_promote_decides_tells_mlflow_and_announces(
         (counted,) = metrics(capsys)
         assert (counted["accuracy"], counted["version"]) == ([0.9], 1)
         assert (counted["service"], counted["model"]) == ("promote", "digits")
+        assert failures(handler.handler(sqs_event(messages[0]), LambdaContext())) == []
+        assert metrics(capsys) == [], "of a decision that comes again nothing is counted again"
         champion = Champions(bucket).read("digits")
         assert champion is not None
         assert champion.version == 1
@@ -448,10 +472,17 @@ def test_what_nobody_foresaw_is_in_the_log_and_brings_only_its_own_message_again
             return Prelabelled()
 
     handler = examples.load_handler(function)
+    given: list[tuple[set[str], ...]] = []
+
+    def redelivery(event: Any, *messages: set[str]) -> dict[str, Any]:
+        given.append(messages)
+        return at_once(event, *messages)
+
     monkeypatch.setattr(handler, worker, Worker)
-    monkeypatch.setattr(handler, "redelivery", lambda _event, answer, _message: answer)
+    monkeypatch.setattr(handler, "redelivery", redelivery)
     broken, removed, digits = ({"model": model, **message} for model in ("broken", "removed", "digits"))
     assert failures(handler.handler(sqs_event(digits, broken, "no json", removed, digits), LambdaContext())) == ["m1", "m2"]
+    assert given == [({"m1"}, {"m2"})]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     errors = [line for line in lines if line.get("level") == "ERROR"]
     assert [line["model"] for line in lines if line.get("message") == "refused"] == ["removed"]

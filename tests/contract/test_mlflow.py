@@ -22,7 +22,7 @@ from botocore.credentials import Credentials
 from mlflow.tracking import MlflowClient
 
 from labelloop.artifacts import Bucket
-from labelloop.errors import RegistryError
+from labelloop.errors import NotRegisteredError, RegistryError
 from labelloop.launcher import training_request
 from labelloop.registry import Registry
 from labelloop.secrets import MlflowToken
@@ -191,6 +191,20 @@ def test_a_job_records_its_run_and_a_function_moves_the_version(kind: Kind, run_
     assert kind.behind.get_run(run.id).data.metrics == {"loss": 0.5}
     assert kind.refused == []
     assert len(kind.door.requests) > 10
+
+
+def test_a_version_that_was_deleted_is_said_to_be_gone_and_its_number_is_never_given_again(
+    kind: Kind, run_of: Callable[[str], Run]
+) -> None:
+    with run_of("job-3") as run:
+        version = run.register({"accuracy": 0.9})
+    kind.behind.delete_model_version("digits", str(version))
+    with pytest.raises(NotRegisteredError):
+        kind.registry.tag("digits", version, {"verdict": "promote"})
+    with pytest.raises(NotRegisteredError):
+        kind.registry.set_alias("digits", "champion", version)
+    with run_of("job-4") as run:
+        assert run.register({"accuracy": 0.9}) == version + 1
 
 
 def test_an_artifact_is_where_the_run_says(kind: Kind, run_of: Callable[[str], Run], tmp_path: Path) -> None:

@@ -418,9 +418,14 @@ def test_before_the_first_model_nothing_is_predicted_and_nothing_is_null(empty_b
     assert empty_backend.predict() == (200, {"results": [], "model_version": "digits v0"})
 
 
+def frozen(clock: list[float]) -> Any:
+    """The time of a sandbox that Lambda freezes between requests: its monotonic clock may stand still."""
+    return SimpleNamespace(time=lambda: clock[0], monotonic=lambda: 5_000.0)
+
+
 def test_a_promotion_and_a_rollback_are_served_within_seconds(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [5_000.0]
-    monkeypatch.setattr("labelloop.predict.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("labelloop.predict.time", frozen(clock))
     address = backend.put_image("a.png", png(3))
 
     def serving() -> str:
@@ -443,7 +448,7 @@ def test_a_promotion_and_a_rollback_are_served_within_seconds(backend: Backend, 
 
 def test_the_first_model_is_served_without_a_restart(empty_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [5_000.0]
-    monkeypatch.setattr("labelloop.predict.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("labelloop.predict.time", frozen(clock))
     assert empty_backend.setup()[1] == {"model_version": "digits v0"}
     empty_backend.promote(1, brightness_model())
     clock[0] += POINTER_SECONDS

@@ -64,7 +64,8 @@ def test_without_an_address_nobody_is_written_to(local: Templates) -> None:
 
 
 def test_a_failed_training_is_found_in_retrains_log(prod: Templates) -> None:
-    found = prod.training.only("Logs::MetricFilter")["Properties"]
+    every = [one["Properties"] for one in prod.training.of_type("Logs::MetricFilter").values()]
+    (found,) = (one for one in every if one["MetricTransformations"][0]["MetricName"] == "TrainingsFailed")
     retrain = prod.training.functions["retrain"]["Properties"]
     assert found["LogGroupName"] == retrain["LoggingConfig"]["LogGroup"]
     assert found["FilterPattern"] == f'{{ $.message = "{TRAINING_FAILED}" }}'
@@ -112,9 +113,10 @@ def test_what_functions_count_is_what_the_dashboard_and_the_documentation_name(p
     shown = set(re.findall(r'"labelloop-prod","(\w+)"', body(prod.serving)))
     table = ARCHITECTURE[ARCHITECTURE.index("## Metrics") : ARCHITECTURE.index("## The front door")]
     documented = {name for row in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    assert shown == documented - {"FailedSignIns", "f1"}, "an alarm watches the one; no model here is scored by the other"
+    watched = {"FailedSignIns", "MessagesFailed"}
+    assert shown == documented - watched - {"f1"}, "alarms watch these; no model here is scored by the other"
     sources = "".join((ROOT / "functions" / name / "handler.py").read_text() for name in ("authorize", "retrain", "promote"))
-    for name in documented - {"TrainingsFailed", "accuracy", "f1", "map_50"}:
+    for name in documented - {"TrainingsFailed", "MessagesFailed", "accuracy", "f1", "map_50"}:
         assert f'"{name}"' in sources
 
 

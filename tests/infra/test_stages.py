@@ -114,6 +114,7 @@ def test_adding_a_folder_is_all_it_takes_to_serve_another_model(tmp_path: Path) 
     secrets = {s["Properties"]["Name"] for s in templates.state.of_type("SecretsManager::Secret").values()}
     assert {"labelloop/prod/backend/digits", "labelloop/prod/backend/letters"} <= secrets
     assert templates.serving.functions["predict"]["Properties"]["MemorySize"] == 3000
+    assert templates.training.functions["promote"]["Properties"]["MemorySize"] == 3000, "it unpacks what predict loads"
     layers = [p for p in templates.serving.folder.glob("asset.*/python/model_configs/letters/*") if p.is_file()]
     assert {p.name for p in layers} == {"config.yaml", "labeling_template.xml"}
 

@@ -13,7 +13,7 @@ import pytest
 from infra_cdk.constructs.training_jobs import registry_account
 from labelloop import drift
 from labelloop.errors import ConfigError
-from labelloop.messages import delay
+from labelloop.messages import LONGEST, delay
 from tests.infra.templates import Resource, Template, Templates, context_of, flat, synthesize
 
 WORKERS = {
@@ -62,13 +62,37 @@ def test_a_message_that_fails_for_good_is_kept_and_rings(either: Templates, work
 
 
 @pytest.mark.parametrize("worker", WORKERS)
-def test_a_message_that_waits_for_an_hour_rings(either: Templates, worker: str) -> None:
-    """But for refresh, which needs nothing that retrain can do without: each alarm costs ten cents a month."""
+def test_messages_that_nobody_takes_ring(either: Templates, worker: str) -> None:
+    """Not those of a large batch, and not of every queue: each alarm costs ten cents a month."""
     name, _ = queue_of(either.training, worker)
     dimension = {"Name": "QueueName", "Value": {"Fn::GetAtt": [name, "QueueName"]}}
     alarms = [alarm["Properties"] for alarm in either.training.of_type("CloudWatch::Alarm").values()]
-    found = [(alarm["MetricName"], alarm["Threshold"]) for alarm in alarms if alarm["Dimensions"] == [dimension]]
-    assert found == ([] if worker == "refresh" else [("ApproximateAgeOfOldestMessage", 3600)])
+    found = [(alarm["MetricName"], alarm["Threshold"]) for alarm in alarms if alarm.get("Dimensions") == [dimension]]
+    longest = {"ingest": 24 * 3600, "retrain": 3600, "promote": 3600}.get(worker)
+    assert found == ([("ApproximateAgeOfOldestMessage", longest)] if longest else [])
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_messages_that_go_on_failing_ring_whatever_their_age(either: Templates, worker: str) -> None:
+    """SQS leaves a message that was received three times out of the age of the oldest."""
+    training = either.training
+    group = training.functions[worker]["Properties"]["LoggingConfig"]["LogGroup"]
+    filters = [found["Properties"] for found in training.of_type("Logs::MetricFilter").values()]
+    ours = [found for found in filters if found["LogGroupName"] == group]
+    alarm = training.only("CloudWatch::Alarm", MetricName="MessagesFailed")["Properties"]
+    counted = {
+        found["FilterPattern"]
+        for found in ours
+        for metric in found["MetricTransformations"]
+        if (metric["MetricNamespace"], metric["MetricName"]) == (alarm["Namespace"], alarm["MetricName"])
+    }
+    assert counted == {
+        '{ $.level = "ERROR" }',
+        '?"[ERROR]" ?"Task timed out" ?"Runtime exited" ?"OutOfMemory"',
+    }
+    assert alarm["Period"] >= LONGEST, "each period has a failure, where one message fails alone"
+    assert (alarm["DatapointsToAlarm"], alarm["EvaluationPeriods"]) == (3, 4), "a fault of a moment may lie in two"
+    assert (alarm["Threshold"], alarm["Statistic"]) == (1, "Sum")
 
 
 @pytest.mark.parametrize("worker", WORKERS)

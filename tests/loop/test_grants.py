@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -119,7 +120,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _message(body: dict[str, Any]) -> dict[str, Any]:
     record = {
-        "messageId": "1",
+        "messageId": uuid.uuid4().hex,
         "eventSource": "aws:sqs",
         "eventSourceARN": "arn:aws:sqs:us-east-1:000000000000:none",
         "receiptHandle": "1",
@@ -196,6 +197,7 @@ class Works:
         ended = datetime.fromisoformat(trained.ended_at)
         wait_for(lambda: datetime.now(UTC) - ended > ASKED_AGAIN, 60, "it is time to ask for the verdict again")
         self._forget(f"promotion#{trained.job_name}")
+        self._forget(f"recall#{trained.job_name}")  # or it asks in an hour
         try:
             if function.invoke(_message({"model": self._model, "action": "SCHEDULE"})) != {"batchItemFailures": []}:
                 return False

@@ -626,22 +626,22 @@ def test_folders_of_classes_become_annotations_once(project: Project, tmp_path: 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(examples.png(int(name[0]), size=(20, 16), salt=salt))
     (tmp_path / "2" / "copy.png").write_bytes((tmp_path / "2" / "labelled 0.png").read_bytes())
-    before = project.label_studio.count_annotated(project.number)
+    before = project.label_studio.tally(project.number).tasks
     words = ("upload-images", MODEL, str(tmp_path), "--labels-from-folders", "--json")
 
     dry = json.loads(labelloop(project, *words, "--dry-run").stdout)
     assert (dry["uploaded"], dry["annotated"], len(dry["copies"])) == (12, 12, 1)
-    assert project.label_studio.count_annotated(project.number) == before
+    assert project.label_studio.tally(project.number).tasks == before
 
     done = labelloop(project, *words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["uploaded"], report["annotated"], len(report["copies"]), report["refused"]) == (12, 12, 1, {})
-    assert project.label_studio.count_annotated(project.number) == before + 12
+    assert project.label_studio.tally(project.number).tasks == before + 12
 
     again = json.loads(labelloop(project, *words).stdout)
     assert (again["uploaded"], again["already_there"], again["annotated"], again["already_annotated"]) == (0, 12, 0, 12)
-    assert project.label_studio.count_annotated(project.number) == before + 12
+    assert project.label_studio.tally(project.number).tasks == before + 12
 
     key = {examples.sha256((tmp_path / name).read_bytes()): name[0] for name in names}
     exported = {task.content[0]: task for page in project.label_studio.annotated_tasks(project.number) for task in page}

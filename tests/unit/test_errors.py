@@ -42,6 +42,7 @@ STATUS = {
     "ServiceError": 503,
     "LabelStudioError": 503,
     "RegistryError": 503,
+    "NotRegisteredError": 503,
     "StorageError": 503,
     "TrainingServiceError": 503,
     "LocalServiceError": 503,

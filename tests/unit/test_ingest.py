@@ -207,6 +207,7 @@ def test_a_message_that_is_no_json_comes_again_alone(intake: Intake, body: str) 
     assert outcome.created == [key]
     assert outcome.again.keys() == {"m0"}
     assert "no event of S3" in outcome.again["m0"]
+    assert outcome.unreadable == {"m0"}
 
 
 ODD_EVENTS: list[Any] = [
@@ -284,8 +285,19 @@ def test_a_crash_after_the_import_makes_no_second_task_of_a_copy_either(
         patch.setattr(intake.ledger, "images_done", fail)
         intake.take(one)
     clock[0] += 100
-    assert intake.take(copy, one) == Outcome(known=[one, copy])
+    assert intake.take(copy, one) == Outcome(known=[copy, one])
     assert len(intake.images) == 1
+
+
+def test_a_copy_comes_again_with_the_image_that_it_is_a_copy_of(intake: Intake, clock: list[float]) -> None:
+    """Until there is a task the other file may be deleted."""
+    one, copy = intake.put("a.png", png()), intake.put("b.png", png())
+    intake.label_studio.down = {"all"}
+    assert intake.take(one, copy).again.keys() == {"m0", "m1"}
+    intake.label_studio.down = set()
+    clock[0] += 100
+    intake.bucket.put(one, b"no image")
+    assert intake.take(one, copy).created == [copy]
 
 
 def test_two_deliveries_at_once_make_one_task(intake: Intake, clock: list[float]) -> None:

@@ -45,7 +45,7 @@ def view(request: Request) -> Any:
 
 def test_a_legacy_token_is_sent_as_it_is(server: RecordingServer, client: LabelStudioClient) -> None:
     server.answer = lambda _: Answer(body={"id": 1, "tasks": [], "total": 42, "total_annotations": 43, "task_number": 60})
-    assert client.count_annotated(1) == 42
+    assert client.tally(1).tasks == 42
     assert client.counts(1) == {"tasks": 60, "annotated": 42}
     assert {request.headers["authorization"] for request in server.requests} == {"Token 0123456789abcdef"}
     assert [request.path.partition("?")[0] for request in server.requests] == ["/api/tasks", "/api/projects/1", "/api/tasks"]
@@ -76,11 +76,11 @@ def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_o
 
     server.answer = answer
     clock = [1_000.0]
-    monkeypatch.setattr("labelloop.label_studio.client.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("labelloop.label_studio.client.time", SimpleNamespace(time=lambda: clock[0], monotonic=lambda: 0.0))
     client = LabelStudioClient(server.url, PERSONAL)
     for seconds, token in ((0, "access-1"), (200, "access-1"), (100, "access-2")):
         clock[0] += seconds
-        client.count_annotated(1)
+        client.tally(1)
         assert server.requests[-1].headers["authorization"] == f"Bearer {token}"
     assert len(refreshes()) == 2
 
@@ -98,12 +98,11 @@ def test_a_personal_token_is_exchanged_and_its_access_token_reused_until_it_is_o
 def test_a_personal_token_that_is_refused_is_an_error(server: RecordingServer, answer: Answer, message: str) -> None:
     server.answer = lambda _: answer
     with pytest.raises(LabelStudioError, match=message):
-        LabelStudioClient(server.url, PERSONAL).count_annotated(1)
+        LabelStudioClient(server.url, PERSONAL).tally(1)
     assert server.paths == ["POST /api/token/refresh/"]
 
 
 CALLS: dict[str, Callable[[LabelStudioClient], Any]] = {
-    "count_annotated": lambda client: client.count_annotated(1),
     "counts": lambda client: client.counts(1),
     "count_predicted": lambda client: client.count_predicted(1, "digits v2"),
     "tally": lambda client: client.tally(1),
@@ -190,14 +189,14 @@ def test_a_server_that_is_not_there_is_an_error(token: str) -> None:
     with serving() as gone:
         url = gone.url
     with pytest.raises(LabelStudioError, match="does not answer"):
-        LabelStudioClient(url, token).count_annotated(1)
+        LabelStudioClient(url, token).tally(1)
 
 
 def test_a_reading_request_is_repeated_when_the_server_is_overloaded(server: RecordingServer, client: LabelStudioClient) -> None:
     server.answer = lambda _: (
         Answer(503) if len(server.requests) < 2 else Answer(body={"tasks": [], "total": 5, "total_annotations": 5})
     )
-    assert client.count_annotated(1) == 5
+    assert client.tally(1).tasks == 5
 
 
 def test_a_server_that_asks_for_an_hour_s_patience_is_asked_again_soon(
@@ -208,7 +207,7 @@ def test_a_server_that_asks_for_an_hour_s_patience_is_asked_again_soon(
     monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=waited.append))
     server.answer = lambda _: Answer(503, headers={"Retry-After": "3600"})
     with pytest.raises(LabelStudioError, match="503"):
-        client.count_annotated(1)
+        client.tally(1)
     assert len(server.requests) == 3
     assert 0 < sum(waited) < 10
 
@@ -392,7 +391,7 @@ def test_a_file_is_downloaded_up_to_its_limit(server: RecordingServer, client: L
     with pytest.raises(TooLargeError, match="more than 99 bytes"):
         client.download("/data/upload/1/a.png", limit=99)
     server.answer = lambda _: Answer(body={"tasks": [], "total": 5, "total_annotations": 5})
-    assert client.count_annotated(1) == 5, "the connection is still good"
+    assert client.tally(1).tasks == 5, "the connection is still good"
 
 
 def test_a_download_that_breaks_off_is_an_error(server: RecordingServer, client: LabelStudioClient) -> None:

@@ -124,10 +124,16 @@ class Gate:
     ledger: Ledger
     mlflow: RecordingServer
     announced: list[Promotion] = field(default_factory=list)
+    counted: list[Promotion] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.champions = Champions(self.bucket)
-        self.promoter = Promoter(self.bucket, self.ledger, Registry(self.mlflow.url), self.announced.append)
+        registry = Registry(self.mlflow.url)
+        self.promoter = Promoter(self.bucket, self.ledger, registry, self.announced.append, self.counted.append, log=self._note)
+
+    def _note(self, message: str, **fields: object) -> None:
+        self.logged.append(f"{message}: version {fields['version']}")
 
     def train(self, report: Evaluation, onnx: bytes = b"onnx", *, archive: bytes | None = None) -> None:
         """Leave what a training job leaves."""
@@ -244,7 +250,7 @@ def test_deciding_again_changes_nothing_and_announces_again(gate: Gate) -> None:
     pointer = gate.champions.read_tagged("digits")
     assert gate.decide() == first
     assert gate.champions.read_tagged("digits") == pointer
-    assert gate.announced == [first, first]
+    assert (gate.announced, gate.counted) == ([first, first], [first])
 
 
 def test_a_late_repeat_does_not_bring_an_old_version_back(gate: Gate) -> None:
@@ -332,9 +338,30 @@ def test_a_registry_that_fails_is_told_again_later(gate: Gate) -> None:
         gate.decide()
     assert gate.announced == []
     gate.mlflow.answer = lambda _: Answer()
-    gate.decide()
+    decided = gate.decide()
     assert gate.aliases == {"champion": "1"}
-    assert len(gate.announced) == 1
+    assert gate.announced == gate.counted == [decided]
+
+
+GONE = Answer(404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "Model Version (name=digits, version=1) not found"})
+
+
+def test_a_version_that_was_deleted_in_mlflow_serves_and_everybody_else_is_told(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.mlflow.answer = lambda _: GONE
+    decided = gate.decide()
+    assert gate.announced == [decided]
+    assert gate.champion is not None
+    assert gate.champion.version == 1
+    assert gate.logged == ["not in MLflow: version 1"]
+
+
+def test_an_address_where_no_mlflow_is_is_an_error(gate: Gate) -> None:
+    gate.train(examples.evaluation(1, 0.9))
+    gate.mlflow.answer = lambda _: Answer(404, b"<h1>Not Found</h1>")
+    with pytest.raises(RegistryError, match="404"):
+        gate.decide()
+    assert gate.announced == []
 
 
 def test_a_job_that_left_nothing_is_nothing_to_decide_about(gate: Gate) -> None:

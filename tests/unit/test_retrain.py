@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from threading import Lock
 from typing import Any, cast
 
@@ -13,12 +13,13 @@ import pytest
 
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import LabelStudioError, NotSetUpError, TrainingServiceError, UnknownModelError
+from labelloop.errors import LabelStudioError, NotSetUpError, ServiceError, TrainingServiceError, UnknownModelError
 from labelloop.launcher import JobState, JobStatus
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig
 from labelloop.records import Champion, Job, ManifestRow, Promotion, now
 from labelloop.retrain import Outcome, Reconciler
+from labelloop.snapshot_index import SnapshotIndex
 from tests import examples
 from tests.fake_label_studio import FakeLabelStudio
 
@@ -204,11 +205,31 @@ def test_a_completed_job_is_noted_and_the_gate_waited_for(loop: Loop, monkeypatc
     assert head.trained is not None
     assert (head.trained.n_annotations, head.trained.job_name) == (100, name)
     loop.look(asked=True)
-    assert loop.recalled == [("digits", name)] * 2
+    assert loop.recalled == [("digits", name)], "promote has it in its queue"
+    monkeypatch.setattr("labelloop.retrain._RECALL_AGAIN", timedelta(0))
+    loop.look()
+    assert loop.recalled == [("digits", name)] * 2, "an hour later"
     assert len(loop.launcher.started) == 1
     loop.decide()
     assert loop.look().started
     assert loop.recalled == [("digits", name)] * 2
+
+
+def test_a_promote_queue_that_took_nothing_is_asked_at_the_next_look(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labelloop.retrain._PROMOTION_GRACE", timedelta(0))
+    loop.annotate(100)
+    name = loop.look().started
+    loop.launcher.end("Completed")
+
+    def refuse(*_: str) -> None:
+        raise ServiceError("SQS does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.reconciler, "_recall_promotion", refuse)
+        with pytest.raises(ServiceError):
+            loop.look()
+    loop.look()
+    assert loop.recalled == [("digits", name)]
 
 
 def test_the_next_training_meets_the_champion_of_the_last(loop: Loop) -> None:
@@ -264,6 +285,65 @@ def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
     assert head.failure is None
     assert head.trained is not None
     assert head.trained.n_annotations == 101
+
+
+def fail_at_100(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """A training of 100 annotations fails, its waiting time passes, and a look finds the same annotations."""
+    monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
+    loop.annotate(100)
+    loop.look()
+    loop.launcher.end("Failed", "why")
+    found = loop.look()
+    assert "failed with the same annotations" in found.reason
+    loop.label_studio.asked.clear()
+    return found
+
+
+def test_while_nothing_changes_after_a_failure_nothing_is_read(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = fail_at_100(loop, monkeypatch)
+    sequence = loop.ledger.head("digits").sequence
+    with monkeypatch.context() as patch:
+        patch.setattr("labelloop.snapshot_index.opened", lambda *_, **__: pytest.fail("the index was read"))
+        assert [loop.look() for _ in range(3)] == [found] * 3
+    assert loop.label_studio.asked == ["tally"] * 3
+    assert loop.ledger.head("digits").sequence == sequence
+    assert loop.look(asked=True).started, "a person overrides it"
+
+
+def test_while_annotations_change_at_this_moment_they_are_read_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that is committed late may bear an earlier time than the latest that was seen."""
+    loop.label_studio.clock = lambda: datetime.now(UTC)
+    fail_at_100(loop, monkeypatch)
+    loop.look()
+    assert "annotated_tasks" in loop.label_studio.asked
+
+
+def test_an_index_that_is_not_what_is_there_is_read_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that took several looks may keep a deleted task for an hour."""
+    catch_up = SnapshotIndex.catch_up
+    monkeypatch.setattr(SnapshotIndex, "catch_up", lambda *given, **more: catch_up(*given, **more) and False)
+    fail_at_100(loop, monkeypatch)
+    loop.look()
+    assert "annotated_tasks" in loop.label_studio.asked
+
+
+def test_another_config_reads_the_same_annotations_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at_100(loop, monkeypatch)
+    monkeypatch.setattr("labelloop.snapshot_index.rules", lambda *_: "another config")
+    loop.look()
+    assert "annotated_tasks" in loop.label_studio.asked
+
+
+def test_annotations_that_cannot_be_trained_on_are_read_once(loop: Loop) -> None:
+    loop.annotate(99)
+    loop.label_studio.annotated.append(examples.annotated_task(500, ["1", "2"]))
+    found, head = loop.look(), loop.ledger.head("digits")
+    loop.label_studio.asked.clear()
+    assert loop.look() == found
+    assert loop.label_studio.asked == ["tally"]
+    assert loop.ledger.head("digits") == head, "why they are left out is still noted"
+    loop.label_studio.annotated[-1] = examples.annotated_task(500, "1")
+    assert loop.look().started
 
 
 def test_a_corrected_label_allows_another_try(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +477,7 @@ def test_an_unknown_model_is_an_error(loop: Loop) -> None:
         loop.reconciler.reconcile("faces")
 
 
-@pytest.mark.parametrize("method", ["count_annotated", "tally", "annotated_tasks"])
+@pytest.mark.parametrize("method", ["tally", "annotated_tasks"])
 def test_a_label_studio_that_fails_leaves_nothing_behind(loop: Loop, method: str) -> None:
     loop.annotate(100)
     loop.label_studio.down = {method}
@@ -442,6 +522,7 @@ def test_who_made_a_request_reads_what_came_of_it(loop: Loop) -> None:
     busy = loop.look(asked=True)
     loop.reconciler.answer("digits", "second", busy)
     assert loop.ledger.answer("digits", "nobody's") is None
+    assert [loop.reconciler.has_answered("digits", request) for request in ("first", "nobody's")] == [True, False]
     first, second = (loop.ledger.answer("digits", request) for request in ("first", "second"))
     assert first is not None
     assert second is not None

@@ -299,7 +299,7 @@ class RetrainingMachine(RuleBasedStateMachine):
             log=lambda *_, **__: None,
         )
         self.promoter = Promoter(
-            bucket, ledger, registry, wired(self.outbox, ServiceError("EventBridge does not answer")).announce
+            bucket, ledger, registry, wired(self.outbox, ServiceError("EventBridge does not answer")).announce, log=print
         )
         self.deployment = Deployment("local")
         vars(self.deployment).update(artifacts=bucket, ledger=ledger, registry=registry, outputs={"EventBus": "bus"})

@@ -279,12 +279,13 @@ class Gate:
     ledger: Ledger
     label_studio: FakeLabelStudio = field(default_factory=FakeLabelStudio)
     announced: list[Promotion] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)  # versions
     recalled: list[str] = field(default_factory=list)
     tags: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ledger.set_project("digits", 1)
-        self.promoter = Promoter(self.bucket, self.ledger, cast(Any, self), self.announced.append)
+        self.promoter = Promoter(self.bucket, self.ledger, cast(Any, self), self.announced.append, self._count, log=print)
         self.reconciler = Reconciler(
             "local",
             examples.CONFIGS,
@@ -295,6 +296,9 @@ class Gate:
             lambda _, job: self.recalled.append(job),
             log=lambda *_, **__: None,
         )
+
+    def _count(self, promotion: Promotion) -> None:
+        self.counted.append(promotion.version)
 
     def tag(self, model: str, version: int, tags: dict[str, str]) -> None:
         self.tags[version] = tags
@@ -352,6 +356,7 @@ def test_answers_let_it_serve_or_end_its_run(gate: Gate, pairs: list[ShadowPair]
     assert gate.ledger.takeovers("digits")[-1].version == serves
     assert gate.decide(2) == ended, "a late message changes nothing"
     assert gate.serves == serves
+    assert gate.counted == [1, 2], "each training once, however often it is decided about"
 
 
 def test_a_newer_version_takes_its_place(gate: Gate) -> None:

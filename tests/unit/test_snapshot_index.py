@@ -207,7 +207,13 @@ def test_new_annotations_tell_how_often_a_prediction_was_kept() -> None:
         for task in model.label_studio.annotated
     ]
     model.look()
-    assert model.acceptance == Acceptance(shown=4, kept=3), "the first lies within the overlap, and is counted once"
+    assert model.acceptance == Acceptance(shown=3, kept=2), "the first lies within the overlap, and was read before"
+    model.look()
+    assert set(model.label_studio.read) == {34}
+    assert model.acceptance == Acceptance(shown=0, kept=0), "the last lies within the overlap now"
+    model.label_studio.annotated[-1] = seen(34, "2", "1")
+    model.look()
+    assert model.acceptance == Acceptance(shown=1, kept=0), "it was corrected"
 
 
 def test_a_task_that_goes_and_one_that_loses_its_annotations_are_noticed_by_the_counts() -> None:

@@ -56,7 +56,7 @@ class Stage:
         archive = examples.model_archive(report, onnx)
         self.deployment.artifacts.put(artifacts.training_archive_key("digits", job), archive)
         registry = Registry(self.mlflow.url)
-        Promoter(self.deployment.artifacts, self.deployment.ledger, registry, lambda _: None).decide("digits", job)
+        Promoter(self.deployment.artifacts, self.deployment.ledger, registry, lambda _: None, log=print).decide("digits", job)
 
     def rollback(self, to: int | None = None, reason: str | None = None) -> Outcome:
         return rollback(self.deployment, "digits", to, reason, self.events)
@@ -109,6 +109,15 @@ def test_the_version_before_serves_again_and_everybody_is_told(stage: Stage) -> 
     assert stage.events.announced == [("ModelPromoted", 2)]
     assert stage.events.entries[0]["EventBusName"] == "bus"
     assert stage.events.entries[0]["Source"] == "labelloop"
+
+
+def test_a_version_that_was_deleted_in_mlflow_can_serve_again(stage: Stage) -> None:
+    stage.mlflow.answer = lambda _: Answer(404, {"error_code": "RESOURCE_DOES_NOT_EXIST"})
+    done, text = stage.rollback(), io.StringIO()
+    assert (stage.serves, done.registered, stage.events.announced) == (2, False, [("ModelPromoted", 2)])
+    assert stage.deployment.ledger.takeovers("digits")[-1] == done.takeover
+    takeover.show(done, Console(file=text, width=200))
+    assert "MLflow has this version no more" in text.getvalue()
 
 
 def test_rolling_back_again_goes_further_back_and_not_to_and_fro(stage: Stage) -> None:

@@ -15,6 +15,7 @@
     └── ServiceError             a service labelloop stands on did not do its part
         ├── LabelStudioError
         ├── RegistryError        MLflow
+        │   └── NotRegisteredError   it has no such version, or experiment: somebody deleted it, or it never was there
         ├── StorageError         S3
         ├── TrainingServiceError SageMaker
         └── LocalServiceError    a part of the laptop stack: names the part and its log
@@ -97,6 +98,10 @@ class LabelStudioError(ServiceError):
 
 
 class RegistryError(ServiceError):
+    pass
+
+
+class NotRegisteredError(RegistryError):
     pass
 
 

@@ -32,12 +32,13 @@ from labelloop.records import TaskRange, version_string
 
 @dataclass
 class Outcome:
-    """What became of a batch: messages by fate. Only `again` is redelivered."""
+    """What became of a batch: messages by fate. Only `again` is redelivered, of it `unreadable` are no events at all."""
 
     created: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # key → reason
     again: dict[str, str] = field(default_factory=dict)  # message id → reason
+    unreadable: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Ingest:
                 key = _key(msgspec.json.decode(body))
             except (ValueError, RecursionError) as error:  # no JSON, no text; nested too deep
                 outcome.again[message] = f"the message is no event of S3: {error}"
+                outcome.unreadable.add(message)
                 continue
             if key.endswith("/"):  # the marker of a folder
                 continue
@@ -103,6 +105,7 @@ class Ingest:
             outcome.again.update({message: str(error) for message, _ in messages})
             return
         ours: dict[str, _Image] = {}
+        copies: list[_Image] = []  # of these
         perhaps: dict[str, set[str]] = {}  # SHA-256 → addresses under which a task may exist
         for message, key in messages:
             try:
@@ -111,7 +114,7 @@ class Ingest:
                     outcome.refused[key] = "the object is gone"
                     continue
                 if image.sha256 in ours:
-                    outcome.known.append(key)
+                    copies.append(image)
                     continue
                 claim = self._ledger.claim_image(model, project, image.sha256, image.address)
             except (ImageError, TooLargeError) as error:
@@ -131,7 +134,9 @@ class Ingest:
         try:
             self._make_tasks(model, project, data_key, list(ours.values()), perhaps, outcome)
         except LabelloopError as error:
-            outcome.again.update({image.message: str(error) for image in ours.values()})
+            outcome.again.update({image.message: str(error) for image in (*ours.values(), *copies)})
+        else:
+            outcome.known += [image.key for image in copies]
 
     def _make_tasks(
         self, model: str, project: int, data_key: str, images: list[_Image], perhaps: dict[str, set[str]], outcome: Outcome

@@ -24,6 +24,7 @@ from labelloop.records import (
     Head,
     Job,
     LeftOut,
+    NothingNew,
     Promotion,
     Record,
     ReviewCase,
@@ -84,7 +85,7 @@ class Ledger:
 
     def claim(self, head: Head, job: Job) -> Head:
         """Record that `job` is the model's running training. Raises `ConflictError` when the head has changed meanwhile."""
-        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job, asked=False)
+        claimed = msgspec.structs.replace(head, sequence=head.sequence + 1, running=job, asked=False, nothing_new=None)
         self._advance(head, claimed, Training(job=job, status="running"))
         return claimed
 
@@ -94,9 +95,12 @@ class Ledger:
         self._advance(head, after, training)
         return after
 
-    def remember(self, head: Head, *, asked: bool, left_out: LeftOut | None = None) -> None:
+    def remember(
+        self, head: Head, *, asked: bool, left_out: LeftOut | None = None, nothing_new: NothingNew | None = None
+    ) -> None:
         """Note whether a training is asked for, and why one that was due did not start. Raises `ConflictError`."""
-        after = msgspec.structs.replace(head, sequence=head.sequence + 1, asked=asked, left_out=left_out)
+        found = {"asked": asked, "left_out": left_out, "nothing_new": nothing_new}
+        after = msgspec.structs.replace(head, sequence=head.sequence + 1, **found)
         self._advance(head, after, None)
 
     def trainings(self, model: str) -> list[Training]:
@@ -150,6 +154,14 @@ class Ledger:
         """What came of a request for a training; None while nobody has looked at it."""
         item = self._get(model, f"answer#{request}")
         return None if item is None else msgspec.json.decode(item["body"]["S"], type=Answer)
+
+    def recalled_at(self, model: str, job_name: str) -> str | None:
+        """When `promote` was last asked to look at a job again; None when it never was."""
+        item = self._get(model, f"recall#{job_name}")
+        return None if item is None else str(item["at"]["S"])
+
+    def note_recall(self, model: str, job_name: str, at: str) -> None:
+        self._call("put_item", Item={**_key(model, f"recall#{job_name}"), "at": {"S": at}})
 
     # Images
 

@@ -10,7 +10,7 @@ where it rings.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from datetime import timedelta
 from functools import cached_property
 from itertools import batched
@@ -92,25 +92,24 @@ class Redelivery:
     def _sqs(self) -> Any:
         return aws.client("sqs")
 
-    def __call__(self, event: dict[str, Any], answer: dict[str, Any], message: type) -> dict[str, Any]:
-        """Put off what a partial batch answer says has failed, and hand the answer on. `message` is what a body should hold.
+    def __call__(self, event: dict[str, Any], failed: Set[str], unreadable: Set[str]) -> dict[str, Any]:
+        """The answer to Lambda by which of a batch these messages come again: `failed` ones later, `unreadable` ones at once.
 
         When SQS does not do its part, the queue's visibility timeout holds.
         """
-        failed = {entry["itemIdentifier"] for entry in answer["batchItemFailures"]}
         try:
             for record in event["Records"]:
                 if record["messageId"] in failed:
-                    self._put_off(record, message)
+                    self._put_off(record, delay(int(record["attributes"]["ApproximateReceiveCount"])))
+                elif record["messageId"] in unreadable:
+                    self._put_off(record, 0)
         except (BotoCoreError, ClientError) as error:
             self._log("messages come again only after the visibility timeout", reason=str(error))
-        return answer
+        return {"batchItemFailures": [{"itemIdentifier": message} for message in sorted(failed | unreadable)]}
 
-    def _put_off(self, record: dict[str, Any], message: type) -> None:
+    def _put_off(self, record: dict[str, Any], seconds: int) -> None:
         self._sqs.change_message_visibility(
-            QueueUrl=self._url(record["eventSourceARN"]),
-            ReceiptHandle=record["receiptHandle"],
-            VisibilityTimeout=_seconds(record, message),
+            QueueUrl=self._url(record["eventSourceARN"]), ReceiptHandle=record["receiptHandle"], VisibilityTimeout=seconds
         )
 
     def _url(self, queue: str) -> str:
@@ -125,14 +124,6 @@ def delay(receives: int) -> int:
     return round(random.uniform(longest / 2, longest))
 
 
-def _seconds(record: dict[str, Any], message: type) -> int:
-    try:
-        msgspec.json.decode(record["body"], type=message)
-    except (ValueError, RecursionError):  # no JSON, no text, not of the type; nested too deep
-        return 0
-    return delay(int(record["attributes"]["ApproximateReceiveCount"]))
-
-
 def work_off[Message: PromoteSignal | VersionJudged | TaskRange](
     event: dict[str, Any], kind: type[Message], take: Callable[[Message], None], *, log: Log, redelivery: Redelivery
 ) -> dict[str, Any]:
@@ -141,20 +132,22 @@ def work_off[Message: PromoteSignal | VersionJudged | TaskRange](
     The log says of each why: in words where it is an error of ours to expect, else with the traceback. What belongs to a model
     that there is no more is dropped.
     """
-    failed: list[str] = []
+    failed, unreadable = set[str](), set[str]()
     for record in event["Records"]:
-        model = None
         try:
             message = msgspec.json.decode(record["body"], type=kind)
-            model = message.model
+        except (ValueError, RecursionError):  # no JSON, no text, not of the type; nested too deep
+            log.exception("failed", model=None, message_id=record["messageId"])
+            unreadable.add(record["messageId"])
+            continue
+        try:
             take(message)
         except UnknownModelError as error:
-            log.warning("refused", model=model, reason=str(error))
+            log.warning("refused", model=message.model, reason=str(error))
         except LabelloopError as error:
-            log.error("comes again", model=model, reason=str(error), error=type(error).__name__)
-            failed.append(record["messageId"])
-        except Exception:  # no such message, or a fault of ours; the others have nothing to do with it
-            log.exception("failed", model=model, message_id=record["messageId"])
-            failed.append(record["messageId"])
-    answer = {"batchItemFailures": [{"itemIdentifier": message} for message in failed]}
-    return redelivery(event, answer, kind)
+            log.error("comes again", model=message.model, reason=str(error), error=type(error).__name__)
+            failed.add(record["messageId"])
+        except Exception:  # a fault of ours; the others have nothing to do with it
+            log.exception("failed", model=message.model, message_id=record["messageId"])
+            failed.add(record["messageId"])
+    return redelivery(event, failed, unreadable)

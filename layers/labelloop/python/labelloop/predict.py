@@ -366,10 +366,11 @@ class Predictor:
         return results
 
     def _champion(self, model: str) -> Champion | None:
-        read_at, champion = self._pointers.get(model, (-POINTER_SECONDS, None))
-        if time.monotonic() - read_at >= POINTER_SECONDS:
+        read_at, champion = self._pointers.get(model, (0.0, None))
+        # No monotonic clock: it may stand still while Lambda freezes the sandbox.
+        if not 0 <= time.time() - read_at < POINTER_SECONDS:
             champion = self._champions.read(model)
-            self._pointers[model] = (time.monotonic(), champion)
+            self._pointers[model] = (time.time(), champion)
         return champion
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from labelloop import artifacts, shadow
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import ModelError
+from labelloop.errors import ModelError, NotRegisteredError
 from labelloop.ledger import Ledger
 from labelloop.records import (
     METRIC_TITLES,
@@ -158,10 +158,23 @@ def in_points(difference: Interval) -> str:
 
 
 class Promoter:
-    """Decides about completed trainings. `announce(promotion)` tells the others."""
+    """Decides about completed trainings. `announce(promotion)` tells the others; `count(promotion)` is called once a training.
 
-    def __init__(self, bucket: Bucket, ledger: Ledger, registry: Registry, announce: Callable[[Promotion], None]) -> None:
-        self._bucket, self._ledger, self._registry, self._announce = bucket, ledger, registry, announce
+    `log(message, **fields)` is told of a version that MLflow has no more.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        ledger: Ledger,
+        registry: Registry,
+        announce: Callable[[Promotion], None],
+        count: Callable[[Promotion], None] = lambda _: None,
+        *,
+        log: Callable[..., None],
+    ) -> None:
+        self._bucket, self._ledger, self._registry = bucket, ledger, registry
+        self._announce, self._count, self._log = announce, count, log
         self._champions = Champions(bucket)
 
     def decide(self, model: str, job_name: str) -> Promotion | None:
@@ -175,7 +188,9 @@ class Promoter:
             promotion = self._decide(model, job_name)
             if promotion is None:
                 return None
-            promotion = self._ledger.record_promotion(promotion)
+            mine, promotion = promotion, self._ledger.record_promotion(promotion)
+            if promotion == mine:
+                self._count(promotion)
         elif promotion.shadow is not None and promotion.verdict == "shadow":
             promotion = self._look_at_shadow(promotion, promotion.shadow)
         self._publish(promotion)
@@ -278,16 +293,23 @@ class Promoter:
         return any(version in (takeover.version, takeover.before) for takeover in takeovers)
 
     def _publish(self, promotion: Promotion) -> None:
-        """Tell the registry and everybody else; of a version that no longer serves, not as the champion."""
-        model, version = promotion.model, promotion.version
-        if version:
-            self._registry.tag(model, version, {"verdict": promotion.verdict, "verdict_reason": promotion.reason})
-            champion = self._champions.read(model)
-            if promotion.verdict != "promote":
-                self._registry.set_alias(model, "challenger", version)
-            elif champion is not None and champion.version == version:
-                self._registry.set_alias(model, "champion", version)
+        """Tell the registry and everybody else. A version that was deleted in MLflow has all it needs to serve in S3."""
+        if promotion.version:
+            try:
+                self._tell_registry(promotion)
+            except NotRegisteredError as error:
+                self._log("not in MLflow", model=promotion.model, version=promotion.version, reason=str(error))
         self._announce(promotion)
+
+    def _tell_registry(self, promotion: Promotion) -> None:
+        """Of a version that no longer serves, not as the champion."""
+        model, version = promotion.model, promotion.version
+        self._registry.tag(model, version, {"verdict": promotion.verdict, "verdict_reason": promotion.reason})
+        champion = self._champions.read(model)
+        if promotion.verdict != "promote":
+            self._registry.set_alias(model, "challenger", version)
+        elif champion is not None and champion.version == version:
+            self._registry.set_alias(model, "champion", version)
 
 
 def _why_over(champion: Champion | None, running: Shadow, newer: Promotion | None, so_far: str) -> str:

@@ -361,10 +361,27 @@ class LeftOut(Record, frozen=True, kw_only=True):
     reasons: dict[str, int]
 
 
+class Counted(Record, frozen=True, kw_only=True):
+    """What a snapshot is frozen of: Label Studio's counts of tasks and annotations, the latest change, and how rows are made."""
+
+    tasks: int
+    annotations: int
+    changed_at: str | None
+    made_with: str
+
+
+class NothingNew(Record, frozen=True, kw_only=True):
+    """Why a snapshot of what was `annotated` was not trained."""
+
+    annotated: Counted
+    reason: str
+
+
 class Head(Record, frozen=True, kw_only=True):
     """The ledger's head of a model. `sequence` counts changes: writing demands the one that was read.
 
-    `asked`: somebody pressed Start Training while no training could start. `left_out`: what the last look found, if it did.
+    `asked`: somebody pressed Start Training while no training could start. `left_out`, `nothing_new`: what the last look found,
+    if it did.
     """
 
     model: str
@@ -374,6 +391,7 @@ class Head(Record, frozen=True, kw_only=True):
     failure: Failure | None = None
     asked: bool = False
     left_out: LeftOut | None = None
+    nothing_new: NothingNew | None = None
 
 
 class Training(Record, frozen=True, kw_only=True):

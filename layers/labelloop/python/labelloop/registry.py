@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 import urllib3
 
-from labelloop.errors import RegistryError
+from labelloop.errors import NotRegisteredError, RegistryError
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=10)  # s
 _RETRIES = urllib3.Retry(
@@ -45,7 +45,7 @@ class Registry:
     """A model registry. `tracking_uri` is an MLflow server's address, or the ARN of a SageMaker MLflow App.
 
     `token` gives a server's bearer token, empty where it asks for none. `endpoint`: where the App is, when not at AWS.
-    Methods raise `RegistryError`; repeating them is harmless.
+    Methods raise `RegistryError`, `NotRegisteredError` where a version is not there any more; repeating them is harmless.
     """
 
     def __init__(self, tracking_uri: str, token: Callable[[], str] | None = None, *, endpoint: str | None = None) -> None:
@@ -118,7 +118,8 @@ class Registry:
         if answer.status != 200:
             text = answer.data[:300].decode(errors="replace")
             what = path.removeprefix("mlflow/")
-            raise RegistryError(f"MLflow answered {what} with {answer.status}: {text}", status=answer.status)
+            refusal = NotRegisteredError if _error_code(answer.data) == "RESOURCE_DOES_NOT_EXIST" else RegistryError
+            raise refusal(f"MLflow answered {what} with {answer.status}: {text}", status=answer.status)
         return bytes(answer.data)
 
     def _bearer(self) -> dict[str, str]:
@@ -144,3 +145,15 @@ class Registry:
         if credentials is None:
             raise RegistryError("there are no AWS credentials to sign a request to the MLflow App with")
         return credentials
+
+
+class _Refusal(msgspec.Struct):
+    error_code: str = ""
+
+
+def _error_code(body: bytes) -> str:
+    """MLflow's own; none of what a server before it says."""
+    try:
+        return msgspec.json.decode(body, type=_Refusal).error_code
+    except ValueError:
+        return ""

@@ -28,10 +28,23 @@ from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfigs, ModelFolder
 from labelloop.policy import Decision, decide
 from labelloop.promotion import judge_live
-from labelloop.records import Answer, Failure, Head, Job, LeftOut, Trained, Training, TrainingStatus, now
+from labelloop.records import (
+    Answer,
+    Counted,
+    Failure,
+    Head,
+    Job,
+    LeftOut,
+    NothingNew,
+    Trained,
+    Training,
+    TrainingStatus,
+    now,
+)
 from labelloop.snapshot_index import SnapshotIndex
 
 _PROMOTION_GRACE = timedelta(seconds=30)  # `promote` hears of a job's end at the same time
+_RECALL_AGAIN = timedelta(hours=1)  # what `promote` fails at stays in its queue for some four
 _READING_SECONDS = 180.0  # of Label Studio, in one look; the rest of the function's time is for what comes after
 _REASONS = 5  # why annotated tasks were left out, the commonest: there may be one for each
 _TRIES = 5  # of a look that another one got ahead of
@@ -45,7 +58,7 @@ class Outcome:
     """What a reconcile did: the job it started, or why it did not. `remembered`: one was asked for, and comes later.
 
     `annotated`: tasks, None where nobody counted. `acceptance`: of annotations that were read for the first time. `left_out`:
-    of a training that was due by the count alone.
+    of a training that was due by the count alone. `nothing_new`: of one that was due, with the same annotations as before.
     """
 
     started: str | None
@@ -54,6 +67,7 @@ class Outcome:
     annotated: int | None = field(default=None, compare=False)
     acceptance: Acceptance = field(default=NONE_SEEN, compare=False)
     left_out: LeftOut | None = field(default=None, compare=False)
+    nothing_new: NothingNew | None = field(default=None, compare=False)
 
 
 class Reconciler:
@@ -84,6 +98,10 @@ class Reconciler:
                 time.sleep(random.uniform(0.02, 0.2))
         return self._look(model, asked=asked)
 
+    def has_answered(self, model: str, request: str) -> bool:
+        """Whether a request has come to something: its message may be delivered again."""
+        return self._ledger.answer(model, request) is not None
+
     def answer(self, model: str, request: str, outcome: Outcome) -> None:
         """Tell whoever made a request and waits what came of it."""
         self._ledger.record_answer(
@@ -107,8 +125,9 @@ class Reconciler:
                 self._ledger.remember(head, asked=True)
             return Outcome(None, busy, remembered=asked)
         outcome = self._train_if_due(model, head, asked=asked)
-        if outcome.started is None and (head.asked or head.left_out != outcome.left_out):
-            self._ledger.remember(head, asked=False, left_out=outcome.left_out)
+        found = outcome.left_out, outcome.nothing_new
+        if outcome.started is None and (head.asked or (head.left_out, head.nothing_new) != found):
+            self._ledger.remember(head, asked=False, left_out=outcome.left_out, nothing_new=outcome.nothing_new)
         return outcome
 
     def _follow_shadow(self, model: str) -> None:
@@ -123,7 +142,14 @@ class Reconciler:
             if judge_live(running.shadow, pairs)[0] == "shadow":
                 begun.remove(running)
         for promotion in begun:
-            self._recall_promotion(model, promotion.job_name)
+            self._recall(model, promotion.job_name, promotion.decided_at)
+
+    def _recall(self, model: str, job_name: str, since: str) -> None:
+        """Have `promote` look at a job again, once an hour; what it was asked before `since` was something else."""
+        asked = self._ledger.recalled_at(model, job_name)
+        if asked is None or asked < since or _age(asked) > _RECALL_AGAIN:
+            self._recall_promotion(model, job_name)
+            self._ledger.note_recall(model, job_name, now())
 
     def _settle(self, model: str, head: Head) -> Head:
         """Find out what became of the running job; start it when it was claimed and never started."""
@@ -166,27 +192,39 @@ class Reconciler:
             return f"{head.running.job_name} is running"
         if head.trained and self._ledger.promotion(model, head.trained.job_name) is None:
             # The next challenger meets whoever wins this one. Asking again heals an end that `promote` never saw.
-            if datetime.now(UTC) - datetime.fromisoformat(head.trained.ended_at) > _PROMOTION_GRACE:
-                self._recall_promotion(model, head.trained.job_name)
+            if _age(head.trained.ended_at) > _PROMOTION_GRACE:
+                self._recall(model, head.trained.job_name, head.trained.ended_at)
             return f"waiting for the promotion gate to decide about {head.trained.job_name}"
         return None
 
     def _train_if_due(self, model: str, head: Head, *, asked: bool) -> Outcome:
         folder = self._configs[model]
         project = self._ledger.project(model)
-        annotated = self._label_studio.count_annotated(project)
-        decision = self._decide(model, head, annotated, asked=asked)
+        tally = self._label_studio.tally(project)
+        decision = self._decide(model, head, tally.tasks, asked=asked)
         if not decision.train:
-            return Outcome(None, decision.reason, annotated=annotated)
+            return Outcome(None, decision.reason, annotated=tally.tasks)
+        annotated = Counted(
+            tasks=tally.tasks,
+            annotations=tally.annotations,
+            changed_at=tally.changed_at,
+            made_with=f"{snapshot_index.FORMAT}/{snapshot_index.rules(folder.config, folder.label_config)}",
+        )
+        known = head.nothing_new
+        if known and known.annotated == annotated and not asked:  # what there is need not be read to know it
+            return Outcome(None, known.reason, annotated=tally.tasks, left_out=head.left_out, nothing_new=known)
 
         with (
             tempfile.TemporaryDirectory() as scratch,
             snapshot_index.opened(self._bucket, folder, project, Path(scratch), log=self._log) as index,
         ):
-            index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
+            whole = index.catch_up(self._label_studio, seconds=_READING_SECONDS, log=self._log)
             manifest = Path(scratch) / "manifest.jsonl"
-            outcome = self._train_what_is_new(head, folder, index, annotated, manifest, asked=asked)
-            return replace(outcome, annotated=annotated, acceptance=index.acceptance)
+            outcome = self._train_what_is_new(head, folder, index, tally.tasks, manifest, asked=asked)
+            # What is committed late may bear the same time as the latest change.
+            settled = whole and tally.changed_at is not None and _age(tally.changed_at) > snapshot_index.OVERLAP
+            same = NothingNew(annotated=annotated, reason=outcome.reason) if outcome.started is None and settled else None
+            return replace(outcome, annotated=tally.tasks, acceptance=index.acceptance, nothing_new=same)
 
     def _train_what_is_new(
         self, head: Head, folder: ModelFolder, index: SnapshotIndex, annotated: int, manifest: Path, *, asked: bool
@@ -232,6 +270,10 @@ class Reconciler:
 
     def _decide(self, model: str, head: Head, n_annotations: int, *, asked: bool) -> Decision:
         return decide(self._configs[model].config.retrain, head, n_annotations, datetime.now(UTC), asked=asked)
+
+
+def _age(moment: str) -> timedelta:
+    return datetime.now(UTC) - datetime.fromisoformat(moment)
 
 
 class Watchdog:

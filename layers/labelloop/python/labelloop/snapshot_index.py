@@ -41,7 +41,7 @@ from labelloop.wording import counted
 FORMAT = 4  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
-_OVERLAP = timedelta(seconds=30)
+OVERLAP = timedelta(seconds=30)
 _ROUNDS = 5  # of reading what changes while it is read
 _REST_SECONDS = 3600  # between two readings of all that take several looks: else constant deletions would have them never end
 _CACHE_KB = 1_024  # blocks are read once, and what a small cache holds the processor's holds too
@@ -105,27 +105,24 @@ class SnapshotIndex:
         """Whether the file is an index of this project, in this format and with this configuration."""
         if self._database.execute("PRAGMA user_version").fetchone() != (FORMAT,):
             return False
-        return bool(self._database.execute("SELECT project, config FROM progress").fetchone() == (self._project, self._made_with))
+        made_with = rules(self._config, self._label_config)
+        return bool(self._database.execute("SELECT project, config FROM progress").fetchone() == (self._project, made_with))
 
     def clear(self) -> None:
         """Make it an empty index."""
         self._database.executescript(
             f"DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS figures; DROP TABLE IF EXISTS progress; {_TABLES}"
         )
-        self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, self._made_with))
+        made_with = rules(self._config, self._label_config)
+        self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, made_with))
         self._database.execute(f"PRAGMA user_version={FORMAT}")
-
-    @property
-    def _made_with(self) -> str:
-        """Digest of all that rows depend on; of the whole config.yaml, so that nothing can be forgotten."""
-        return hashlib.sha256(msgspec.json.encode((self._config, self._label_config))).hexdigest()
 
     # Reading
 
-    def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> None:
+    def catch_up(self, label_studio: LabelStudioClient, *, seconds: float, log: Callable[..., None]) -> bool:
         """Read what has changed in Label Studio, or everything where the counts say that the index is not what is there.
 
-        An index that took several looks is not built anew within the hour, though tasks may have gone. Raises
+        Whether it is now: an index that took several looks is not built anew within the hour, though tasks may have gone. Raises
         `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
         """
         until = time.monotonic() + seconds
@@ -138,7 +135,7 @@ class SnapshotIndex:
                 self._database.execute("UPDATE progress SET ended = ?", (time.time(),))
                 goes_on = False
             if self._holds(there):
-                return
+                return True
             if there != before and number % _ROUNDS:  # somebody annotates meanwhile
                 before = there
                 continue
@@ -148,20 +145,21 @@ class SnapshotIndex:
             self.clear()
             begins_anew, before = True, None
         log("counts differ, the index is taken as it is", model=self._config.name, index=self._counts, there=there)
+        return False
 
     def _read(self, label_studio: LabelStudioClient, there: Tally, until: float) -> None:
         since, begun, after = self._progress
         if begun is None:
             begun = there.changed_at or ""
             self._database.execute("UPDATE progress SET begun = ?", (begun,))
-        changed_after = datetime.fromisoformat(since) - _OVERLAP if since else None
+        changed_after = datetime.fromisoformat(since) - OVERLAP if since else None
         for page in label_studio.annotated_tasks(self._project, since=changed_after, after=after):
             self._database.execute("BEGIN")
-            self.put(page)
+            new = self.put(page)
             self._database.execute("UPDATE progress SET after = ?", (page[-1].id,))
             self._database.execute("COMMIT")
             if since is not None:  # what is read anew when an index is built has been counted before
-                self._count_accepted(page)
+                self._count_accepted(new)
             if time.monotonic() > until:
                 read = (
                     f"{self._counts[0]:,} of {counted(there.tasks, 'annotated task')}"
@@ -176,16 +174,16 @@ class SnapshotIndex:
         shown, kept = (sum(getattr(one, name) for one in (self.acceptance, *found)) for name in ("shown", "kept"))
         self.acceptance = Acceptance(shown=shown, kept=kept)
 
-    def put(self, tasks: Iterable[AnnotatedTask]) -> None:
-        """Take in tasks as they are now; one without annotations goes."""
+    def put(self, tasks: Iterable[AnnotatedTask]) -> list[AnnotatedTask]:
+        """Take in tasks as they are now; one without annotations goes. Those of which the index knew something else."""
         blocks: defaultdict[int, list[AnnotatedTask]] = defaultdict(list)
         for task in tasks:
             blocks[task.id // _BLOCK].append(task)
-        for number, some in blocks.items():
-            self._put_into_block(number, some)
+        return [task for number, some in blocks.items() for task in self._put_into_block(number, some)]
 
-    def _put_into_block(self, number: int, tasks: list[AnnotatedTask]) -> None:
+    def _put_into_block(self, number: int, tasks: list[AnnotatedTask]) -> list[AnnotatedTask]:
         entries, lines = self._block(number)
+        before = dict(entries)
         rows: dict[int, ManifestRow | msgspec.Raw] = dict(lines)
         for task in tasks:
             annotation = task.latest
@@ -209,6 +207,7 @@ class SnapshotIndex:
         self._database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (number, _ENCODER.encode(by_task), together))
         figures = number, len(by_task), annotations, places, contents
         self._database.execute("INSERT OR REPLACE INTO figures VALUES (?, ?, ?, ?, ?)", figures)
+        return [task for task in tasks if entries.get(task.id) != before.get(task.id)]
 
     def _block(self, number: int) -> tuple[dict[int, _Entry], dict[int, msgspec.Raw]]:
         """What there is of a block's tasks, and of the manifest's lines; both by task, in this order."""
@@ -301,6 +300,11 @@ class SnapshotIndex:
                 parts[content % _PARTS].append(content)
         several = [part for part in parts if len(set(part)) < len(part)]
         return {content for part in several for content, count in Counter(part).items() if count > 1}
+
+
+def rules(config: ModelConfig, label_config: LabelConfig) -> str:
+    """Digest of all that rows depend on, the format aside; of the whole config.yaml, so that nothing can be forgotten."""
+    return hashlib.sha256(msgspec.json.encode((config, label_config))).hexdigest()
 
 
 def freeze(

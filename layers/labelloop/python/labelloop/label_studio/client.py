@@ -136,10 +136,6 @@ class LabelStudioClient:
         newest = next(iter(answer.tasks), None)
         return Tally(answer.total, answer.total_annotations, newest.updated_at if newest else None)
 
-    def count_annotated(self, project: int) -> int:
-        """Tasks with at least one annotation that was not skipped."""
-        return self.tally(project).tasks
-
     def counts(self, project: int) -> dict[str, int]:
         """`tasks` and `annotated` of a project."""
         answer = self._json("GET", f"/api/projects/{project}?include=id,task_number", project=project)
@@ -468,7 +464,8 @@ class LabelStudioClient:
     def _authorization(self) -> str:
         if not self._is_personal:
             return f"Token {self._token}"
-        if self._access is None or time.monotonic() > self._access[1]:
+        # No monotonic clock: it may stand still while Lambda freezes the sandbox.
+        if self._access is None or not 0 <= time.time() - self._access[1] < _ACCESS_TOKEN_SECONDS:
             try:
                 answer = self._http.request(
                     "POST", f"{self.url}/api/token/refresh/", json={"refresh": self._token}, redirect=False
@@ -481,7 +478,7 @@ class LabelStudioClient:
                 access = str(answer.json()["access"])
             except (ValueError, KeyError, TypeError) as error:
                 raise LabelStudioError(f"Label Studio at {self.url} gave no access token for the personal one") from error
-            self._access = (access, time.monotonic() + _ACCESS_TOKEN_SECONDS)
+            self._access = (access, time.time())
         return f"Bearer {self._access[0]}"
 
 
