@@ -18,7 +18,7 @@ from labelloop.launcher import JobState, JobStatus
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig
 from labelloop.records import Champion, Job, ManifestRow, Promotion, now
-from labelloop.retrain import Outcome, Reconciler
+from labelloop.retrain import TRAINING_FAILED, Outcome, Reconciler
 from labelloop.snapshot_index import SnapshotIndex
 from tests import examples
 from tests.fake_label_studio import FakeLabelStudio
@@ -272,6 +272,7 @@ def test_a_failed_job_is_noted_and_the_next_snapshot_trains(
     training = loop.ledger.training("digits", str(name))
     assert training is not None
     assert (training.status, training.failure) == (noted, reason)
+    assert TRAINING_FAILED in loop.log
 
     monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
     same = Outcome(None, f"{name} failed with the same annotations; any change of them allows another try")
@@ -363,6 +364,7 @@ def test_where_aws_has_no_machine_the_same_annotations_are_tried_again(loop: Loo
     waiting = loop.look()
     assert waiting.started is None
     assert f"AWS had no machine for {first}, until" in waiting.reason
+    assert TRAINING_FAILED not in loop.log
     monkeypatch.setattr("labelloop.policy.MAX_BACKOFF", timedelta(0))
     second = loop.look().started
     assert second is not None
