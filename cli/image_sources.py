@@ -25,6 +25,7 @@ SEPARATOR = "|"  # between several classes in one cell
 _WILDCARD = re.compile(r"[*?\[]")
 _KEY_BYTES = 1024  # S3's limit
 _SHOWN = 10  # rows of a table's error
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def _problem(source: Source, prefix: str) -> str | None:
         return f"cannot be read: {error.strerror}"
     if not stat.S_ISREG(mode):
         return "is no file"
+    if source.path.suffix.lower() in _ARCHIVES:
+        return "is an archive; unpack it, and give the folder"
     try:
         key = (prefix + source.name).encode()
     except UnicodeEncodeError:

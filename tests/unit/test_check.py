@@ -210,7 +210,7 @@ def test_all_problems_of_all_models_are_listed(models: Path) -> None:
     [
         ("name: [a", "is not valid YAML"),
         ("{old}\nname: detection\n", "the key 'name' stands twice"),
-        ("", "Expected `object`"),
+        ("", "is empty"),
         ("- a", "Expected `object`"),
     ],
 )

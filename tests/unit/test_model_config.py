@@ -94,7 +94,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "little memory": (changed(serving__memory_mb=128), "serving.memory_mb", ">= 512"),
     "int8 whatever it costs": (changed(serving__int8="always"), "serving.int8", "Invalid enum value 'always'"),
     "list for a section": (changed(image=[16, 16]), "image", "Expected `object`"),
-    "empty file": ("", "", "Expected `object`"),
+    "empty file": ("", "", "is empty"),
     "number as key": (GOOD + "\n1: x\n", "", "Expected `str`"),
     "no YAML": ("name: [digits", "", "is not valid YAML"),
     "braces without quotes": ("label_studio: {title: {{ project }}}", "", "a mapping or a list cannot be a key"),

@@ -111,7 +111,7 @@ def test_what_names_no_file_is_an_error(here: Path, given: str, message: str) ->
 
 
 def test_a_file_that_cannot_be_uploaded_is_refused_and_the_rest_is_not(here: Path) -> None:
-    write("photos/good.png", "photos/what?.png", "photos/bell\a.png")
+    write("photos/good.png", "photos/what?.png", "photos/bell\a.png", "photos/More.ZIP")
     Path("photos/gone.png").symlink_to("nowhere.png")
     os.mkfifo("photos/pipe.png")
     long = "photos/" + "/".join(["a" * 200] * 6) + "/x.png"
@@ -126,6 +126,7 @@ def test_a_file_that_cannot_be_uploaded_is_refused_and_the_rest_is_not(here: Pat
         "bell\a.png": "its name has an empty or dotted part, or a control character",
         "gone.png": "does not exist",
         "pipe.png": "is no file",
+        "More.ZIP": "is an archive",
         "x.png": f"its name is too long: S3 takes 1024 bytes, it would have {len(PREFIX) + len(long) - len('photos/')}",
         "�.png": "its name is not UTF-8",
     }

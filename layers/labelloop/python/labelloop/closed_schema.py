@@ -16,6 +16,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def convert[T: Section](plain: Any, section: type[T], *, where: str, inside: str = "") -> T:
     """What YAML or JSON said as `section`. `where` names the file in errors, `inside` the key under which it stands there."""
+    if plain is None and not inside:
+        raise ConfigError(where, "is empty")
     try:
         return msgspec.convert(plain, section, strict=True)
     except msgspec.ValidationError as error:
