@@ -85,6 +85,13 @@ class Reconciler:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bool]] = []
+        self.answered: list[str] = []
+
+    def has_answered(self, model: str, request: str) -> bool:
+        return request in self.answered
+
+    def answer(self, model: str, request: str, outcome: Outcome) -> None:
+        self.answered.append(request)
 
     def reconcile(self, model: str, *, asked: bool = False) -> Outcome:
         self.asked.append((model, asked))
@@ -106,6 +113,7 @@ def test_a_webhook_makes_its_model_reconciled(name: str, monkeypatch: pytest.Mon
     answer = handler.handler(examples.sqs_event(message), examples.LambdaContext())
     assert answer == {"batchItemFailures": []}
     assert reconciler.asked == [("digits", body["action"] == ASKED)]
+    assert reconciler.answered == (["m0"] if body["action"] == ASKED else [])
     assert len(json.dumps(message)) < 262_144, "a queue message holds 256 KB"
 
 
