@@ -113,9 +113,11 @@ def test_what_functions_count_is_what_the_dashboard_and_the_documentation_name(p
     shown = set(re.findall(r'"labelloop-prod","(\w+)"', body(prod.serving)))
     table = ARCHITECTURE[ARCHITECTURE.index("## Metrics") : ARCHITECTURE.index("## The front door")]
     documented = {name for row in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    watched = {"FailedSignIns", "MessagesFailed"}
+    watched = {"FailedSignIns", "MessagesFailed", "Drift"}
     assert shown == documented - watched - {"f1"}, "alarms watch these; no model here is scored by the other"
-    sources = "".join((ROOT / "functions" / name / "handler.py").read_text() for name in ("authorize", "retrain", "promote"))
+    sources = "".join(
+        (ROOT / "functions" / name / "handler.py").read_text() for name in ("authorize", "retrain", "promote", "prelabel")
+    )
     for name in documented - {"TrainingsFailed", "MessagesFailed", "accuracy", "f1", "map_50"}:
         assert f'"{name}"' in sources
 
