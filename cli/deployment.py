@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,9 @@ class Deployment:
             addresses = LaptopStack.running(place)
             if addresses:
                 return cls.on_laptop(addresses)
-        raise SettingsError("no stack runs on this laptop; start one with: labelloop up (or name a stage: --stage dev)")
+        where = f"in {home}" if home else "on this laptop"
+        up = f"labelloop up{home_option(home or LAPTOP)}"
+        raise SettingsError(f"no stack runs {where}; start one with: {up} (or name a stage: --stage dev)")
 
     @classmethod
     def on_laptop(cls, addresses: Addresses) -> Deployment:
@@ -141,7 +144,11 @@ class Deployment:
     @property
     def deploy_command(self) -> str:
         """What a person runs to deploy the stage as the code has it now."""
-        return "labelloop up" if self.laptop else f"cdk deploy --all -c stage={self.stage}"
+        return self.command("up") if self.laptop else f"cdk deploy --all -c stage={self.stage}"
+
+    def command(self, words: str) -> str:
+        """The labelloop command of these words for this stage, as a person types it."""
+        return f"labelloop {words}{home_option(self.laptop.home) if self.laptop else f' --stage {self.stage}'}"
 
     def backend(self, model: str) -> BackendAccess:
         """The backend of a model. On the laptop its address differs from the stack's output, which names AWS.
@@ -166,6 +173,11 @@ class Deployment:
         except ValueError as error:
             raise NotSetUpError(f"the secret {name} holds no JSON") from error
         return secret
+
+
+def home_option(home: Path) -> str:
+    """What a command is told to reach the stack that is kept in `home`; nothing for the usual place."""
+    return "" if home.absolute() == LAPTOP.absolute() else f" --home {shlex.quote(str(home))}"
 
 
 def addresses_to_show(addresses: Addresses) -> list[str]:

@@ -65,9 +65,7 @@ class _Examination:
     def __init__(self, deployment: Deployment, folder: ModelFolder) -> None:
         self._deployment, self._folder = deployment, folder
         self._model = folder.config.name
-        self._set_up = f"labelloop setup-label-studio-project {self._model}" + (
-            "" if deployment.laptop else f" --stage {deployment.stage}"
-        )
+        self._set_up = deployment.command(f"setup-label-studio-project {self._model}")
         self._deploy = deployment.deploy_command
         self._checks: dict[str, Check] = {}
         self._root: dict[str, str] = {}  # what was not checked → what failed
@@ -128,7 +126,7 @@ class _Examination:
                 raise
             raise _Failed(
                 f"Label Studio refuses the token in the secret {secret} ({error.status}); make a new one there under Account & "
-                f'Settings, and store it as {{"token": "…"}}' + (" (labelloop up does)" if self._deployment.laptop else "")
+                f'Settings, and store it as {{"token": "…"}}' + (f" ({self._deploy} does)" if self._deployment.laptop else "")
             ) from error
 
     @cached_property
@@ -312,7 +310,7 @@ class _Examination:
     def _image(self) -> str:
         """Load an image as a browser does: asked at Label Studio, sent on to S3, with the page's origin."""
         if self._task is None:
-            return f"there is none yet; labelloop upload-images {self._model} FOLDER"
+            return f"there is none yet; {self._deployment.command(f'upload-images {self._model} FOLDER')}"
         presigned = self._deployment.label_studio.presigned_address(f"tasks/{self._task.id}", self._task.image)
         remedy = "is S3 reachable from here?"
         answer = self._ask("GET", presigned, _PATIENCE, remedy, {"Origin": self._origin})

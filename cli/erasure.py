@@ -425,7 +425,7 @@ class Eraser:
         if busy is None:
             busy = next(iter(train.running(self._deployment.artifacts.name, self._model)), None)
         if busy:
-            where = "MLflow" if busy.startswith(train.PREFIX) else f"labelloop status {self._model}"
+            where = "MLflow" if busy.startswith(train.PREFIX) else self._deployment.command(f"status {self._model}")
             raise ConflictError(
                 f"{busy} is training or waits for the promotion gate, and would write the image down once more; "
                 f"run the command again when {where} shows that it has ended"
@@ -594,7 +594,7 @@ def _used(uses: Sequence[Use]) -> str:
     return ", ".join(f"version {use.version} was {words[use.split]}" for use in uses) or "no version has seen it"
 
 
-def show(erased: Erased, console: Console) -> None:
+def show(erased: Erased, deployment: Deployment, console: Console) -> None:
     """What was erased, what was not, and what follows for the versions."""
     _line(
         console,
@@ -609,7 +609,8 @@ def show(erased: Erased, console: Console) -> None:
     if erased.trials or any(found.uses for found in erased.images):
         _line(console, "a version that has learnt from an image is not changed by this")
     if erased.serving:
-        back = f", or go back now: labelloop rollback {erased.model} --to {erased.without}" if erased.without else ""
+        to = deployment.command(f"rollback {erased.model} --to {erased.without}")
+        back = f", or go back now: {to}" if erased.without else ""
         _line(
             console,
             f"version {erased.serving}, which serves, has learnt from it: train the next one without it, with Start Training in "

@@ -309,7 +309,7 @@ class Lineage:
         if group is None:
             raise RequestError(
                 f"no task and no snapshot of {self._model} has an image with the SHA-256 {sha256}; "
-                f"upload it with: labelloop upload-images {self._model} FILE"
+                f"upload it with: {self._deployment.command(f'upload-images {self._model} FILE')}"
             )
         members = {known.sha256: known.image for known in self._tasks if known.group == group and known.sha256}
         uses = list(self._uses(group))

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 
-from cli.deployment import DEMO, LAPTOP, Deployment, addresses_to_show
+from cli.deployment import DEMO, LAPTOP, Deployment, addresses_to_show, home_option
 from cli.examples import ExampleModel
 from labelloop.errors import ConfigError, LabelloopError, exit_code
 from labelloop.model_config import ModelConfigs
@@ -101,7 +101,10 @@ def demo(
 
 
 @_command("up")
-def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's data.")] = LAPTOP, as_json: AsJson = False) -> None:
+def up(
+    home: Annotated[Path, typer.Option(help="Folder that keeps the stack's data.", envvar="LABELLOOP_HOME")] = LAPTOP,
+    as_json: AsJson = False,
+) -> None:
     """Start the laptop's stack, or bring the running one up to date with the code. Its data is kept."""
     from local.stack import LaptopStack
 
@@ -123,16 +126,14 @@ def up(home: Annotated[Path, typer.Option(help="Folder that keeps the stack's da
     console.print()
     for line in addresses_to_show(addresses):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(
-        "next: labelloop setup-label-studio-project MODEL, then labelloop upload-images MODEL FOLDER",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for number, words in enumerate(("setup-label-studio-project MODEL", "upload-images MODEL FOLDER")):
+        following = f"labelloop {words}{home_option(home)}"
+        console.print(f"{'next:' if number == 0 else '':<6}{following}", highlight=False, soft_wrap=True, markup=False)
 
 
 @_command("down --erase")
 def down(
-    home: Annotated[Path, typer.Option(help="Folder of the stack.")] = LAPTOP,
+    home: Annotated[Path, typer.Option(help="Folder of the stack.", envvar="LABELLOOP_HOME")] = LAPTOP,
     erase: Annotated[bool, typer.Option("--erase", help="Delete the stack's data too.")] = False,
 ) -> None:
     """Stop the laptop's stack; `labelloop up` starts it again with its data."""
@@ -658,7 +659,8 @@ def erase(
 
     if as_json and not yes:
         raise typer.BadParameter("nobody can be asked with --json; add --yes", param_hint="--yes")
-    eraser = erasure.Eraser(Deployment.find(stage, home), ModelConfigs.find()[model])
+    deployment = Deployment.find(stage, home)
+    eraser = erasure.Eraser(deployment, ModelConfigs.find()[model])
     plan = eraser.plan(image)
     if not as_json:
         erasure.show_plan(plan, console)
@@ -669,7 +671,7 @@ def erase(
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(done)).decode())
     else:
-        erasure.show(done, console)
+        erasure.show(done, deployment, console)
 
 
 @_command("redrive digits --queue prelabel --list")
@@ -700,11 +702,12 @@ def redrive(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--queue") from None
     act = dead_letters.look if list_ else dead_letters.redrive
-    found = act(Deployment.find(stage, home), queues, model)
+    deployment = Deployment.find(stage, home)
+    found = act(deployment, queues, model)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode({"queues": found})).decode())
     elif list_:
-        dead_letters.show_list(found, console)
+        dead_letters.show_list(found, console, deployment=deployment)
     else:
         dead_letters.show_moved(found, console)
 

@@ -192,7 +192,7 @@ def parse_queue(name: str) -> QueueName:
     return name
 
 
-def show_list(found: Sequence[DeadLetters], console: Console) -> None:
+def show_list(found: Sequence[DeadLetters], console: Console, *, deployment: Deployment) -> None:
     """What lies there, the oldest first."""
     if not any(queue.messages for queue in found):
         _say_nothing(found, console)
@@ -207,7 +207,8 @@ def show_list(found: Sequence[DeadLetters], console: Console) -> None:
         if len(queue.messages) > _LISTED:
             table.add_row("", "", "", f"and {len(queue.messages) - _LISTED:,} more; --json lists them")
     console.print(table)
-    console.print("mend what they failed at, which the functions' logs say; then: labelloop redrive", highlight=False)
+    following = f"mend what they failed at, which the functions' logs say; then: {deployment.command('redrive')}"
+    console.print(following, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_moved(moved: Sequence[DeadLetters], console: Console) -> None:

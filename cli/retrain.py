@@ -80,6 +80,7 @@ class _Request:
     def __init__(self, deployment: Deployment, folder: ModelFolder, say: Say, clock: Clock, minutes: float | None) -> None:
         self._deployment, self._ledger, self._model = deployment, deployment.ledger, folder.config.name
         self._say, self._clock, self._id = say, clock, uuid.uuid4().hex
+        self._status = deployment.command(f"status {self._model}")
         self._until = clock.now() + (_longest(folder) if minutes is None else 60 * minutes)
 
     def run(self, *, wait: bool) -> Retrained:
@@ -87,7 +88,7 @@ class _Request:
         before = {training.job.job_name for training in self._ledger.trainings(self._model)}
         self._send()
         if not wait:
-            return self._outcome("asked", f"labelloop status {self._model} shows what comes of it")
+            return self._outcome("asked", f"{self._status} shows what comes of it")
         self._say("asked for a training")
         training, reason = self._started(before)
         if training is None:
@@ -106,7 +107,8 @@ class _Request:
 
     def _started(self, before: set[str]) -> tuple[Training | None, str]:
         """The training that serves the request, or why there is none."""
-        nobody = f"retrain has not answered; look at its log and at: labelloop redrive {self._model} --queue retrain --list"
+        letters = self._deployment.command(f"redrive {self._model} --queue retrain --list")
+        nobody = f"retrain has not answered; look at its log and at: {letters}"
         answer = self._wait_for(self._answer, nobody, ANSWER_SECONDS)
         if answer.remembered:
             self._say(f"has to wait: {answer.reason}")
@@ -120,7 +122,7 @@ class _Request:
                 return None
             return None, "nothing was new when its turn came" if answer.remembered else answer.reason
 
-        return self._wait_for(decided, f"no training has started yet; labelloop status {self._model} shows why")
+        return self._wait_for(decided, f"no training has started yet; {self._status} shows why")
 
     def _answer(self) -> Answer | None:
         return self._ledger.answer(self._model, self._id)
@@ -139,7 +141,7 @@ class _Request:
                 self._say("trained; the gate compares it with the champion")
             return promotion
 
-        return self._wait_for(found, f"{job_name} is not judged yet; labelloop status {self._model} shows how far it is")
+        return self._wait_for(found, f"{job_name} is not judged yet; {self._status} shows how far it is")
 
     def _judged(self, promotion: Promotion) -> Retrained:
         evaluation = self._deployment.champions.evaluation(self._model, promotion.version)

@@ -111,8 +111,8 @@ class _Rotation:
             if project is None or is_signed_in(self._deployment, self._folder, project):
                 return project
         raise LabelStudioError(
-            f"Label Studio does not get in with the new password; look with: labelloop setup-label-studio-project {self._model} "
-            "--check, then run the command again"
+            "Label Studio does not get in with the new password; look with: "
+            f"{self._deployment.command(f'setup-label-studio-project {self._model} --check')}, then run the command again"
         )
 
     # The secret

@@ -80,7 +80,7 @@ class _TakingOver:
         if before is None:
             raise RequestError(
                 f"nothing served before version {self.champion.version} of {self._model}; name a version: "
-                f"labelloop rollback {self._model} --to N (there are: {self._versions()})"
+                f"{self._deployment.command(f'rollback {self._model} --to N')} (there are: {self._versions()})"
             )
         return before
 
@@ -98,8 +98,8 @@ class _TakingOver:
             self._deployment.champions.swap(successor, tag=self._tag)
         except ConflictError:
             raise ConflictError(
-                f"another version of {self._model} took over at the same moment; look with labelloop status {self._model}, "
-                "and run the command again if you still want it"
+                f"another version of {self._model} took over at the same moment; look with "
+                f"{self._deployment.command(f'status {self._model}')}, and run the command again if you still want it"
             ) from None
         return _outcome(successor, finished=False, registered=self._publish(successor))
 

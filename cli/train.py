@@ -116,7 +116,7 @@ def _last_snapshot(deployment: Deployment, model: str) -> Snapshot:
     if any(erasure.finished_at is None for erasure in erasures):
         raise ConflictError(
             f"images of {model} are being erased, or that was interrupted; finish it first, for any image: "
-            f"labelloop erase {model} --image …"
+            f"{deployment.command(f'erase {model} --image …')}"
         )
     erased = {digest for erasure in erasures for digest in erasure.snapshots}
     snapshots = [training.job.snapshot for training in deployment.ledger.trainings(model)]
@@ -124,7 +124,8 @@ def _last_snapshot(deployment: Deployment, model: str) -> Snapshot:
     if not whole:
         why = "images of all its snapshots were erased" if snapshots else "it has no snapshot yet"
         raise NotSetUpError(
-            f"{model} cannot be trained: {why}; annotate until its next training, or run: labelloop retrain {model}"
+            f"{model} cannot be trained: {why}; annotate until its next training, "
+            f"or run: {deployment.command(f'retrain {model}')}"
         )
     return whole[-1]
 

@@ -173,7 +173,7 @@ class Watch:
                 grid.add_row(queue.queue, f"{queue.waiting:,}", f"{queue.taken:,}", dead)
             parts.append(grid)
             if any(queue.dead for queue in known.facts.queues):
-                parts.append(Text("labelloop redrive --list shows what was given up", "red"))
+                parts.append(Text(f"{self._deployment.command('redrive --list')} shows what was given up", "red"))
             alarms = [Text(f"alarm {name}: {says}", "bold red") for name, says in known.facts.alarms.items()]
             parts += alarms or [Text("no alarm rings", "dim")]
         if known.problem:

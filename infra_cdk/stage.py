@@ -93,9 +93,7 @@ class Stage:
     @cached_property
     def configs(self) -> list[ModelConfig]:
         """The config of every model, each checked against its label config."""
-        for name in self.models.names:
-            _ = self.models[name].label_config
-        return [self.models[name].config for name in self.models.names]
+        return [folder.config for folder in self.models.checked()]
 
     @property
     def predict_ready(self) -> int:

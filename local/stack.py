@@ -122,9 +122,7 @@ class LaptopStack:
 
         Raises `ConfigError` for a model's wrong config or template, or a damaged record, before anything is started.
         """
-        configs = ModelConfigs(self._model_configs)
-        for name in configs.names:
-            _ = configs[name].label_config
+        ModelConfigs(self._model_configs).checked()
         _read(self.home)
         with self._alone():
             record = _read(self.home) or _Record(ports={}, password=secrets.token_urlsafe(12), token=secrets.token_hex(20))

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cli import lineage
+from cli.deployment import Deployment
 from cli.lineage import Answer, ImageLineage, Lineage
 from cli.main import app
 from labelloop import artifacts, snapshot_index
@@ -80,14 +80,15 @@ class Traced:
 
     @property
     def lineage(self) -> Lineage:
-        deployment = SimpleNamespace(
+        deployment = Deployment("dev")
+        vars(deployment).update(
             ledger=self.ledger,
             artifacts=self.artifacts,
             images=self.images,
             champions=Champions(self.artifacts),
             label_studio=self.label_studio,
         )
-        return Lineage(cast(Any, deployment), DIGITS)
+        return Lineage(deployment, DIGITS)
 
     def train(self, version: int, tasks: list[AnnotatedTask], **decided: Any) -> Job:
         self.label_studio.annotated = tasks

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import local.stack
+from cli.deployment import Deployment
 from cli.main import app
 
 
@@ -95,6 +96,20 @@ def test_an_empty_folder_of_models_says_how_to_make_one(tmp_path: Path, command:
     assert (done.returncode, "create-new-model" in done.stderr) == (2, True), done.stderr
 
 
+def test_remedies_name_the_stack_that_was_asked_for(tmp_path: Path) -> None:
+    home = tmp_path / "my stack"
+    done = labelloop("status", folder=tmp_path, LABELLOOP_HOME=str(home))
+    assert f"no stack runs in {home}; start one with: labelloop up --home '{home}'" in done.stderr
+    assert Deployment("dev").command("status pets") == "labelloop status pets --stage dev"
+
+
+def test_up_and_down_take_their_home_from_the_variable_that_the_other_commands_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for command in ("up", "down", "status"):
+        done = labelloop(command, folder=tmp_path, LABELLOOP_HOME=str(tmp_path / "notes.txt"))
+        assert (done.returncode, "notes.txt: --home: no stack can be kept there" in done.stderr) == (2, True), done.stderr
+
+
 def test_down_says_when_nothing_runs(tmp_path: Path) -> None:
     done = labelloop("down", folder=tmp_path)
     assert (done.returncode, "nothing runs" in done.stdout) == (0, True)
@@ -111,6 +126,12 @@ def test_for_scripts_up_prints_addresses_alone_and_tells_its_progress_elsewhere(
             return SimpleNamespace(label_studio="http://127.0.0.1:1", mlflow="http://127.0.0.1:2", **sign_in)
 
     monkeypatch.setattr(local.stack, "LaptopStack", Stack)
+    done = CliRunner().invoke(app, ["up", "--home", "elsewhere"])
+    following = [line.strip() for line in done.stdout.splitlines() if "--home" in line]
+    assert following == [
+        "next: labelloop setup-label-studio-project MODEL --home elsewhere",
+        "labelloop upload-images MODEL FOLDER --home elsewhere",
+    ]
     done = CliRunner().invoke(app, ["up", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {

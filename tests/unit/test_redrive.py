@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import uuid
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_what_lies_there_of_other_models_is_counted(deployment: Deployment) -> N
     put(deployment, "retrain", FACES, FACES)
     put(deployment, "ingest", UPLOAD.replace("digits", "faces"))
     for show, found in (
-        (redrive.show_list, redrive.look(deployment, QUEUES, "digits")),
+        (partial(redrive.show_list, deployment=deployment), redrive.look(deployment, QUEUES, "digits")),
         (redrive.show_moved, redrive.redrive(deployment, QUEUES, "digits")),
     ):
         assert {queue.queue: queue.others for queue in found if queue.others} == {"ingest": 1, "retrain": 2}
@@ -129,8 +130,9 @@ def test_a_list_shows_what_lies_there_and_leaves_it(deployment: Deployment) -> N
 
 def test_ages_are_said_as_people_say_them() -> None:
     letters = [redrive.DeadLetter(str(age), None, age, "body") for age in (5.0, 125.0, 7_300.0, 200_000.0)]
-    text = said(redrive.show_list, [DeadLetters("ingest", letters)])
+    text = said(partial(redrive.show_list, deployment=Deployment("dev")), [DeadLetters("ingest", letters)])
     assert [age for age in ("5 s", "2 min", "2 h", "2 d") if age in text] == ["5 s", "2 min", "2 h", "2 d"]
+    assert "then: labelloop redrive --stage dev" in text
 
 
 class Lossy:

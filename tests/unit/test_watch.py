@@ -102,7 +102,7 @@ def test_queues_dead_letters_and_alarms(stage: Stage, watched: Watch) -> None:
     said = [" ".join(line.replace("│", " ").split()) for line in shown(watched).splitlines()]
     assert "prelabel 3 0 0" in said
     assert "ingest 0 0 1" in said
-    assert "labelloop redrive --list shows what was given up" in said
+    assert f"labelloop redrive --list --stage {stage.name} shows what was given up" in said
     alarm = f"alarm labelloop-{stage.name}-serving-A: labelloop-{stage.name}-serving-A says so"
     assert alarm in said
     assert not any("serving-B" in line for line in said)

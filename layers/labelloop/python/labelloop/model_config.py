@@ -368,6 +368,12 @@ class ModelConfigs:
     def _folders(self) -> dict[str, ModelFolder]:
         return {name: ModelFolder(self.root / name) for name in self.names}
 
+    def checked(self) -> list[ModelFolder]:
+        """All models, each config read and held against its label config. Raises `ConfigError`."""
+        for folder in self._folders.values():
+            _ = folder.label_config
+        return list(self._folders.values())
+
     def __getitem__(self, model: str) -> ModelFolder:
         try:
             return self._folders[model]
