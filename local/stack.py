@@ -120,10 +120,16 @@ class LaptopStack:
     def up(self) -> Addresses:
         """Start what does not run and deploy. After a failure or an interruption, what this call started is stopped again.
 
-        Raises `ConfigError` for a model's wrong config or template, or a damaged record, before anything is started.
+        Raises `ConfigError` for a model's wrong config or template, a damaged record, or a folder that holds anything else (it is
+        the stack's alone, and `erase` deletes it), before anything is started.
         """
         ModelConfigs(self._model_configs).checked()
-        _read(self.home)
+        if _read(self.home) is None and self._holds_anything:
+            raise ConfigError(
+                self.home,
+                "holds files, but no stack.json; name an empty folder, or put a copy of a stack.json that was lost back",
+                "--home",
+            )
         with self._alone():
             record = _read(self.home) or _Record(ports={}, password=secrets.token_urlsafe(12), token=secrets.token_hex(20))
             self._pending, self._started = {}, []
@@ -159,7 +165,7 @@ class LaptopStack:
             record, damaged = None, True
         if not self.home.exists():
             return
-        if record is None and not damaged and any(file != self._lock for file in self.home.iterdir()):
+        if record is None and not damaged and self._holds_anything:
             raise ConfigError(self.home, "holds no stack; delete it by hand if it is to go", "--home")
         with self._alone():  # an `up` that has recorded nothing yet holds it, too
             if damaged:
@@ -358,6 +364,10 @@ class LaptopStack:
         self._write(record)
         if "emulator" not in record.processes:
             shutil.rmtree(self.home / "emulator" / "tmp", ignore_errors=True)
+
+    @property
+    def _holds_anything(self) -> bool:
+        return self.home.is_dir() and any(file != self._lock for file in self.home.iterdir())
 
     @property
     def _lock(self) -> Path:

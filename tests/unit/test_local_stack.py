@@ -109,6 +109,9 @@ def test_only_a_stacks_own_folder_is_erased(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no stack"):
         a_stack(tmp_path, []).erase()
     assert (tmp_path / "thesis.tex").exists()
+    with pytest.raises(ConfigError, match=r"holds files, but no stack\.json; name an empty folder"):
+        a_stack(tmp_path, []).up()  # else the next `erase` would take the thesis for the stack's
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["stack.lock", "thesis.tex"]
     a_stack(tmp_path / "never", []).erase()
     kept = tmp_path / "kept"
     a_stack(kept, []).down()
