@@ -28,6 +28,11 @@ class Settings:
         return self._get("LABELLOOP_STAGE")
 
     @property
+    def region(self) -> str:
+        """Of AWS; Lambda says it to its functions."""
+        return self._get("AWS_REGION")
+
+    @property
     def function(self) -> str:
         """Which of the functions this is, as its log and its metrics name it; nothing outside of one."""
         return self._environ.get("POWERTOOLS_SERVICE_NAME", "")
