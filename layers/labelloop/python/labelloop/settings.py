@@ -134,6 +134,11 @@ class Settings:
         return None if given else self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN") or None
 
     @property
+    def gpu_driver(self) -> str | None:
+        """The NVIDIA driver of SageMaker's machine that a training job runs on; None where that has no GPU, and on a laptop."""
+        return self._environ.get("LABELLOOP_GPU_DRIVER") or None
+
+    @property
     def rank(self) -> int:
         """The number of this process among those that torchrun started beside each other; 0 of one alone."""
         return int(self._environ.get("RANK", "0"))
