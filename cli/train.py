@@ -134,10 +134,11 @@ def _settings(deployment: Deployment) -> Settings:
     """What `retrain` itself starts jobs with."""
     function = deployment.outputs["RetrainFunction"]
     try:
-        told = boto3.client("lambda").get_function_configuration(FunctionName=function)
+        client = boto3.client("lambda")
+        told = client.get_function_configuration(FunctionName=function)
     except (BotoCoreError, ClientError) as error:
         raise ServiceError(f"the function {function} cannot be looked at: {error}") from error
-    return Settings(told["Environment"]["Variables"])
+    return Settings({**told["Environment"]["Variables"], "AWS_REGION": client.meta.region_name})
 
 
 def _follow(launcher: Launcher, deployment: Deployment, config: ModelConfig, job: Job, say: Say) -> None:

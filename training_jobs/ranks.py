@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from labelloop.errors import LabelloopError
+from labelloop.errors import LabelloopError, SettingsError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard
 from labelloop.settings import Settings
@@ -35,6 +35,15 @@ def rank() -> int:
 
 def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def check_gpu(settings: Settings) -> None:
+    """Raises `SettingsError` where torch cannot use the machine's GPU: its CPU would take long, at the same price."""
+    if settings.gpu_driver and not torch.cuda.is_available():
+        raise SettingsError(
+            f"torch {torch.__version__} cannot use the machine's GPU with its driver {settings.gpu_driver}; "
+            "name another training.instance_type"
+        )
 
 
 @contextmanager

@@ -26,6 +26,21 @@ PYTHON
   fi
 fi
 
+# On SageMaker (a laptop's stand-in names a folder): as the image's own start does, whose place this one takes, CUDA's libraries
+# for machines whose driver is older than that of the image's CUDA.
+if [[ -z ${LABELLOOP_OPT_ML:-} ]]; then
+  driver=$( (nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0 2> /dev/null || true) | head -n 1)
+  compat=${CUDA_HOME:-/usr/local/cuda}/compat
+  if [[ $driver && -e $compat/libcuda.so.1 ]]; then
+    bundled=$(basename "$(readlink -f "$compat/libcuda.so.1")")
+    newest=$(printf '%s\n' "$driver" "${bundled#libcuda.so.}" | sort -V | tail -n 1)
+    if [[ $driver != "$newest" ]]; then
+      export LD_LIBRARY_PATH=$compat${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    fi
+  fi
+  export LABELLOOP_GPU_DRIVER=$driver
+fi
+
 # One process for each GPU. They find each other through files, and talk to nobody outside the machine.
 gpus=$( (nvidia-smi --list-gpus 2> /dev/null || true) | wc -l)
 if (( gpus > 1 )); then

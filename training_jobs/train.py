@@ -340,6 +340,7 @@ def main() -> int:
         exit_when_stopped()
     folder = Path(settings.opt_ml)
     try:
+        ranks.check_gpu(settings)
         with ranks.joined(settings):
             (train if settings.rank == 0 else train_along)(TrainingJob.read(folder, settings.cache), ModelConfigs.find(settings))
     except SystemExit as stopped:

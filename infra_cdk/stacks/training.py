@@ -308,7 +308,8 @@ class TrainingStack(cdk.Stack):
             "TrainingFailed",
             # Where AWS had no machine the training comes again by itself.
             {"TrainingJobStatus": ["Failed"], "FailureReason": events.Match.anything_but_prefix(NO_MACHINE)},
-            f"failed: {field('$.detail.FailureReason')}",
+            # Without its reason, in which quotes and line ends are usual: EventBridge escapes nothing that it puts into a text.
+            "failed; labelloop status says why.",
         )
         self._tell_operator(
             "TrainingOutOfTime",

@@ -175,6 +175,13 @@ def labelloop_parses(words: list[str], *, whole: bool) -> None:
         assert "--help" in rest
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_line_for_the_cdk_names_its_stage(page: Path) -> None:
+    """Else it is about `dev`: `bootstrap`, too, which would prepare another region than what is deployed next."""
+    lines = re.findall(r"npx aws-cdk@\S+ \w.*", TEXTS[page])
+    assert [line for line in lines if "-c stage=" not in line] == []
+
+
 def cdk_parses(words: list[str]) -> None:
     """The CDK's own parser lies on npm. Its commands and options that this project names, and the context that the app reads."""
     command, *rest = words or ["list"]

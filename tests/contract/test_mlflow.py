@@ -160,7 +160,8 @@ def run_of(kind: Kind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calla
 
 def description(kind: Kind) -> dict[str, Any]:
     names = ("STAGE", "IMAGES_BUCKET", "ARTIFACTS_BUCKET", "TRAINING_ROLE", "TRAINING_IMAGE", "TRAINING_CODE")
-    settings = Settings({**{f"LABELLOOP_{name}": f"s3://{name.lower()}/x" for name in names}, **kind.environment})
+    named = {f"LABELLOOP_{name}": f"s3://{name.lower()}/x" for name in names}
+    settings = Settings({"AWS_REGION": "us-east-1", **named, **kind.environment})
     return training_request(settings, examples.DIGITS, examples.job("job"), None)
 
 

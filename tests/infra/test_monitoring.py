@@ -86,7 +86,11 @@ def test_a_training_that_came_to_nothing_is_told_to_the_operator(prod: Templates
     (rule,) = (rule for rule in told if rule["EventPattern"]["detail"]["TrainingJobStatus"] == [status])
     name = [{"prefix": "labelloop-prod-"}]
     assert rule["EventPattern"]["detail"] == {"TrainingJobStatus": [status], "TrainingJobName": name, **more}
-    assert "docs/operations.md#trainings-failed" in flat(rule["Targets"])
+    (message,) = (target["InputTransformer"] for target in rule["Targets"])
+    assert "docs/operations.md#trainings-failed" in message["InputTemplate"]
+    assert set(message["InputPathsMap"].values()) == {"$.detail.TrainingJobName"}, (
+        "EventBridge escapes nothing: a quote ends a text"
+    )
 
 
 def test_the_dashboard_shows_what_a_stage_does(prod: Templates) -> None:

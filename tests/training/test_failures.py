@@ -170,6 +170,16 @@ def test_a_model_without_augmentation_fails_the_job(
     assert "model.py: defines no function augmentation(config)" in job.failure
 
 
+def test_a_gpu_that_torch_cannot_use_fails_the_job(run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("LABELLOOP_GPU_DRIVER", "470.256.02")
+    images = digits.load()[:40]
+    job = OptMl(tmp_path).lay_out(images, manifest_rows(images), job_name="job-old-driver")
+    assert run_here(job) == 1
+    assert job.failure is not None
+    assert "cannot use the machine's GPU with its driver 470.256.02" in job.failure
+
+
 def test_a_long_reason_fits_sagemaker(run_here: Run, tmp_path: Path) -> None:
     images = digits.load()[:40]
     rows = [msgspec.structs.replace(row, regions=[Region(label="x" * 200)]) for row in manifest_rows(images)]

@@ -22,6 +22,7 @@ from labelloop.settings import Settings
 from tests import examples
 
 ENVIRONMENT = {
+    "AWS_REGION": "eu-west-1",
     "LABELLOOP_STAGE": "local",
     "LABELLOOP_IMAGES_BUCKET": "labelloop-local-images",
     "LABELLOOP_ARTIFACTS_BUCKET": "labelloop-local-artifacts",
@@ -125,6 +126,7 @@ def test_the_request_keeps_the_contract_of_the_job() -> None:
         "champion": ("File", "s3://labelloop-local-artifacts/models/digits/3/model.onnx"),
     }
     assert request["Environment"]["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert request["Environment"]["AWS_DEFAULT_REGION"] == "eu-west-1", "its own calls to S3 and Secrets Manager go there"
     assert request["Environment"]["LABELLOOP_CACHE"] == "s3://labelloop-local-artifacts/cache/digits/"
     assert request["OutputDataConfig"]["S3OutputPath"] == "s3://labelloop-local-artifacts/training/digits/"
     assert request["StoppingCondition"]["MaxWaitTimeInSeconds"] >= request["StoppingCondition"]["MaxRuntimeInSeconds"] == 1800

@@ -55,6 +55,7 @@ SETTINGS = Settings(
         "LABELLOOP_TRAINING_ROLE": "arn:aws:iam::000000000000:role/labelloop-training",
         "LABELLOOP_TRAINING_IMAGE": "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch-training:2.14-cu133",
         "LABELLOOP_TRAINING_CODE": "s3://artifacts/code/abc.zip",
+        "AWS_REGION": "us-east-1",
     }
 )
 MANY = 20  # annotations, enough for six trainings

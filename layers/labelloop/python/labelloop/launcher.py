@@ -150,6 +150,7 @@ def training_request(
             "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
             **({"LABELLOOP_MLFLOW_SECRET": settings.mlflow_secret} if settings.mlflow_secret else {}),
             "LABELLOOP_STAGE": settings.stage,
+            "AWS_DEFAULT_REGION": settings.region,  # SageMaker tells a container at most AWS_REGION, which boto3 does not read
             "LABELLOOP_CACHE": f"s3://{bucket}/{artifacts.cache_prefix(config.name)}",
         },
         "InputDataConfig": channels,

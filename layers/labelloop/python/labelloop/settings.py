@@ -28,6 +28,11 @@ class Settings:
         return self._get("LABELLOOP_STAGE")
 
     @property
+    def region(self) -> str:
+        """Of AWS; Lambda says it to its functions."""
+        return self._get("AWS_REGION")
+
+    @property
     def function(self) -> str:
         """Which of the functions this is, as its log and its metrics name it; nothing outside of one."""
         return self._environ.get("POWERTOOLS_SERVICE_NAME", "")
@@ -127,6 +132,11 @@ class Settings:
         """Opens the address that Lambda hands out credentials at, where it gives no access key itself (SnapStart); else None."""
         given = self._environ.get("AWS_ACCESS_KEY_ID")
         return None if given else self._environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN") or None
+
+    @property
+    def gpu_driver(self) -> str | None:
+        """The NVIDIA driver of SageMaker's machine that a training job runs on; None where that has no GPU, and on a laptop."""
+        return self._environ.get("LABELLOOP_GPU_DRIVER") or None
 
     @property
     def rank(self) -> int:
