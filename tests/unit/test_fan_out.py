@@ -148,6 +148,13 @@ def test_parts_are_answered_as_one_in_order(service: Service) -> None:
     assert service.queue.sent == []
 
 
+def test_parts_end_early_enough_for_what_they_have_to_be_answered(service: Service) -> None:
+    service.ask(range(2 * PART))
+    at_most = time.time() + SECONDS - predict._TO_ANSWER - LAST_IMAGE
+    assert all(part.until <= at_most for part in service.functions.parts)
+    assert len(service.functions.parts) == 2
+
+
 def test_what_one_invocation_can_do_is_split_and_queued_nowhere(service: Service) -> None:
     ids = list(range(PART))
     assert scores(service.ask(ids)) == ids
