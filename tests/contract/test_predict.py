@@ -547,6 +547,16 @@ def test_a_fault_of_ours_is_a_500_that_names_its_request(backend: Backend, monke
     assert "secret detail" not in answer["error"]
 
 
+def test_images_that_there_is_no_time_for_are_not_begun_but_queued(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """API Gateway gives up after 29 seconds, of which a cold start may have taken most; the whole answer would be lost."""
+    address = backend.put_image("a.png", png(3))
+    monkeypatch.setattr(examples.LambdaContext, "get_remaining_time_in_millis", lambda _: 6_000)
+    status, answer = backend.predict(task(address, 1), task(address, 2))
+    assert status == 200
+    assert all(result["error"].startswith("queued") for result in answer["results"])
+    assert backend.queued() == [1, 2]
+
+
 # More tasks than one invocation predicts
 
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from labelloop.artifacts import Bucket, Champions
+from labelloop.artifacts import Bucket, Champions, evaluation_key
 from labelloop.errors import LabelStudioError, NotSetUpError
 from labelloop.ledger import Ledger
-from labelloop.records import Promotion, Shadow, TaskRange, VersionJudged
+from labelloop.records import Promotion, Shadow, Suspect, TaskRange, VersionJudged
 from labelloop.refresh import Refreshed, Refresher
 from tests import examples
 from tests.fake_label_studio import FakeLabelStudio
@@ -138,6 +138,24 @@ def test_nothing_is_predicted_twice_because_something_else_failed(
     with pytest.raises(LabelStudioError):
         refreshed(champions, ledger, label_studio, 3, queue)
     assert queue.sent == []
+
+
+@pytest.mark.parametrize("serves", [2, 3])
+def test_what_a_versions_training_found_suspicious_is_offered_whether_it_serves_or_was_kept(
+    champions: Champions, ledger: Ledger, label_studio: LabelStudio, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, serves: int
+) -> None:
+    offered: list[tuple[int, list[Suspect]]] = []
+
+    def offer(folder: object, project: int, version: int, suspects: list[Suspect], *_: object) -> int:
+        offered.append((version, suspects))
+        return len(suspects)
+
+    monkeypatch.setattr("labelloop.review.offer", offer)
+    champions.swap(examples.champion(serves), tag=None)
+    report = msgspec.structs.replace(examples.evaluation(3), suspects=[examples.suspect()])
+    bucket.put(evaluation_key("digits", 3), msgspec.json.encode(report))
+    assert refreshed(champions, ledger, label_studio, 3, Queue()).cases == 1
+    assert offered == [(3, [examples.suspect()])]
 
 
 @pytest.mark.parametrize("judged", [2, 4])
