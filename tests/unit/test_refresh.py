@@ -176,6 +176,7 @@ def test_the_backend_takes_the_name_of_the_version(champions: Champions, ledger:
     champions.swap(examples.champion(3), tag=None)
     assert run(champions, ledger, label_studio) == "digits v3"
     assert [backend["title"] for backend in label_studio.backends_] == ["digits v3", "SAM"]
+    assert label_studio.backends_[0]["basic_auth_pass"] == "the password", "else Label Studio could not sign in any more"
 
 
 def test_a_second_event_changes_nothing(champions: Champions, ledger: Ledger, label_studio: LabelStudio) -> None:
