@@ -97,4 +97,4 @@ class FakeLabelStudio:
             return
         for known in self.backends_:
             if known["id"] == backend["id"]:
-                known["title"] = title
+                known |= {"title": title, "basic_auth_pass": password}

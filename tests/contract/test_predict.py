@@ -11,7 +11,9 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
+from threading import Event, Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +29,7 @@ from labelloop.predict import PART, POINTER_SECONDS
 from tests import examples
 from tests.contract.conftest import Backend
 from tests.examples import brightness_model, png
-from tests.recording_server import Answer, serving
+from tests.recording_server import Answer, Request, serving
 
 
 def task(image: Any, number: int = 1) -> dict[str, Any]:
@@ -396,6 +398,30 @@ def test_large_images_wait_for_room_and_all_are_predicted(backend: Backend, monk
     assert choices(answer) == [str(digit) for digit in range(10)] * 5
 
 
+def test_large_uploads_are_read_whole_one_after_the_other(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each file so much is read at first that all threads may hold it at once; what is larger waits for room."""
+    monkeypatch.setattr("labelloop.predict._USUAL_BYTES", 10)
+    monkeypatch.setattr("labelloop.predict._ROOM", 100)
+    asked: Counter[str] = Counter()
+    whole = Lock()
+    met: list[str] = []
+
+    def answer(request: Request) -> Answer:
+        asked[request.path] += 1
+        if asked[request.path] == 2:
+            if not whole.acquire(blocking=False):
+                met.append(request.path)
+                return Answer(body=png(6))
+            Event().wait(0.05)  # for another to come
+            whole.release()
+        return Answer(body=png(6))
+
+    backend.label_studio.answer = answer
+    _, answered = backend.predict(*(task(f"/data/upload/1/{number}.png") for number in range(6)))
+    assert choices(answered) == ["6"] * 6
+    assert met == []
+
+
 def test_a_label_studio_that_fails_spoils_only_its_own_images(backend: Backend) -> None:
     backend.label_studio.answer = lambda _: Answer(500)
     _, answer = backend.predict(task("/data/upload/1/a.png"), task(backend.put_image("a.png", png(3))))
@@ -521,6 +547,16 @@ def test_a_fault_of_ours_is_a_500_that_names_its_request(backend: Backend, monke
     assert "secret detail" not in answer["error"]
 
 
+def test_images_that_there_is_no_time_for_are_not_begun_but_queued(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """API Gateway gives up after 29 seconds, of which a cold start may have taken most; the whole answer would be lost."""
+    address = backend.put_image("a.png", png(3))
+    monkeypatch.setattr(examples.LambdaContext, "get_remaining_time_in_millis", lambda _: 6_000)
+    status, answer = backend.predict(task(address, 1), task(address, 2))
+    assert status == 200
+    assert all(result["error"].startswith("queued") for result in answer["results"])
+    assert backend.queued() == [1, 2]
+
+
 # More tasks than one invocation predicts
 
 
@@ -544,6 +580,16 @@ def test_a_part_that_dies_is_queued_for_afterwards(backend: Backend) -> None:
     assert len(answer["results"]) == PART + 1
     assert all(result["error"].startswith("queued") for result in answer["results"])
     assert backend.queued() == list(range(1, PART + 2))
+
+
+def test_an_upload_that_could_not_be_fetched_is_queued_and_one_that_is_gone_is_not(backend: Backend) -> None:
+    backend.label_studio.answer = lambda request: Answer(500 if "away" in request.path else 404)
+    address = backend.put_image("a.png", png(3))
+    uploads = [task("/data/upload/1/away.png", 1), task("/data/upload/1/gone.png", 2)]
+    _, answer = backend.predict(*uploads, *(task(address, number) for number in range(3, PART + 2)))
+    assert choices(answer) == [None, None, *["3"] * (PART - 1)]
+    assert "404" in answer["results"][1]["error"]
+    assert backend.queued() == [1]
 
 
 def test_a_queue_that_is_gone_makes_a_clear_503(backend: Backend) -> None:

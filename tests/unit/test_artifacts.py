@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import boto3
 import msgspec
@@ -110,27 +111,49 @@ def test_storage_that_does_not_answer_is_a_storage_error(monkeypatch: pytest.Mon
         dead.get("key")
 
 
-def test_a_conditional_write_needs_the_version_that_was_read(bucket: Bucket) -> None:
-    bucket.put_if("pointer", b"1", tag=None)
+type Write = Callable[[Bucket, bytes, str | None], None]
+
+
+@pytest.fixture(params=["put_if", "upload_if"])
+def write_if(request: pytest.FixtureRequest, tmp_path: Path) -> Write:
+    """Both ways to write under a condition: bytes, and a file."""
+
+    def write(bucket: Bucket, data: bytes, tag: str | None) -> None:
+        if request.param == "put_if":
+            bucket.put_if("pointer", data, tag=tag)
+        else:
+            (tmp_path / "file").write_bytes(data)
+            bucket.upload_if("pointer", tmp_path / "file", tag=tag)
+
+    return write
+
+
+def test_a_conditional_write_needs_the_version_that_was_read(bucket: Bucket, write_if: Write) -> None:
+    write_if(bucket, b"1", None)
     with pytest.raises(ConflictError):
-        bucket.put_if("pointer", b"2", tag=None)
+        write_if(bucket, b"2", None)
     found = bucket.get_tagged("pointer")
     assert found is not None
     content, tag = found
     assert content == b"1"
-    bucket.put_if("pointer", b"2", tag=tag)
+    write_if(bucket, b"2", tag)
     with pytest.raises(ConflictError):
-        bucket.put_if("pointer", b"3", tag=tag)
+        write_if(bucket, b"3", tag)
     assert bucket.get("pointer") == b"2"
 
 
-def test_a_version_that_was_deleted_cannot_be_overwritten(bucket: Bucket) -> None:
-    bucket.put_if("pointer", b"1", tag=None)
+def test_a_version_that_was_deleted_cannot_be_overwritten(bucket: Bucket, write_if: Write) -> None:
+    write_if(bucket, b"1", None)
     found = bucket.get_tagged("pointer")
     assert found is not None
     boto3.client("s3").delete_object(Bucket=bucket.name, Key="pointer")
     with pytest.raises(ConflictError):
-        bucket.put_if("pointer", b"2", tag=found[1])
+        write_if(bucket, b"2", found[1])
+
+
+def test_a_conditional_write_that_fails_for_another_reason_is_no_conflict(aws: str, write_if: Write) -> None:
+    with pytest.raises(StorageError, match="s3://no-such-bucket/pointer"):
+        write_if(Bucket("no-such-bucket"), b"1", None)
 
 
 @pytest.fixture

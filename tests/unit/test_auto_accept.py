@@ -208,6 +208,21 @@ def test_when_people_disagree_it_turns_itself_off_for_that_version_only(
     assert accept(folder, ledger, label_studio, [says(number) for number in range(400, 500)], version=2) > 20
 
 
+def test_the_first_answer_to_an_audit_counts_whatever_becomes_of_it(
+    folder: ModelFolder, ledger: Ledger, label_studio: Annotations
+) -> None:
+    """Else evidence could be taken back: an annotation is changed, or the task is deleted."""
+    accept(folder, ledger, label_studio, [says(number) for number in range(100)])
+    wrong, deleted, *_ = sorted(audited(ledger))
+    label_studio.tasks |= {number: annotated(number, "2") for number in (wrong, deleted)}
+    accept(folder, ledger, label_studio, [says(number) for number in range(100)])
+    label_studio.tasks[wrong] = annotated(wrong, "1")
+    del label_studio.tasks[deleted]
+    state = auto_accept.summary(folder, 1, ledger, list(label_studio.tasks.values()))
+    assert state is not None
+    assert (state.right, state.audited) == (0, 2)
+
+
 def test_people_are_asked_for_their_answers_once_in_a_while(
     folder: ModelFolder, ledger: Ledger, label_studio: Annotations
 ) -> None:

@@ -100,6 +100,7 @@ class Service:
     model: Model = field(default_factory=Model)
     queue: Queue = field(default_factory=Queue)
     logged: list[Any] = field(default_factory=list)
+    body: bytes = b""  # of the last answer
 
     def __post_init__(self) -> None:
         self.functions = Lambda(self.model)
@@ -117,7 +118,8 @@ class Service:
         tasks = cast(TaskPredictor, self.model)
         predictor = Predictor(examples.CONFIGS, cast(Champions, self), tasks, lambda: fan, log=self.log)
         request = {"tasks": [{"id": number, "data": {}} for number in ids], **body}
-        answer = json.loads(msgspec.json.encode(predictor.predict("digits", json.dumps(request).encode(), seconds=seconds)))
+        self.body = msgspec.json.encode(predictor.predict("digits", json.dumps(request).encode(), seconds=seconds))
+        answer = json.loads(self.body)
         assert answer["model_version"] == "digits v7"
         assert len(answer["results"]) == len(ids)
         return list(answer["results"])
@@ -144,6 +146,13 @@ def test_parts_are_answered_as_one_in_order(service: Service) -> None:
     assert len(sizes) == 5
     assert sizes[-1] - sizes[0] <= 4, "of one size, so that none is waited for alone"
     assert service.queue.sent == []
+
+
+def test_parts_end_early_enough_for_what_they_have_to_be_answered(service: Service) -> None:
+    service.ask(range(2 * PART))
+    at_most = time.time() + SECONDS - predict._TO_ANSWER - LAST_IMAGE
+    assert all(part.until <= at_most for part in service.functions.parts)
+    assert len(service.functions.parts) == 2
 
 
 def test_what_one_invocation_can_do_is_split_and_queued_nowhere(service: Service) -> None:
@@ -261,17 +270,15 @@ def test_what_a_part_had_no_time_for_or_could_not_fetch_is_queued_and_what_is_wr
     assert entries[3] == {"error": "is broken"}
 
 
-def test_an_answer_that_would_be_too_large_is_cut_and_the_rest_queued(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "MAX_ANSWER", 100_000)
-    service.model.boxes = 20
+def test_an_answer_that_would_be_too_large_for_lambda_is_cut_and_the_rest_queued(service: Service) -> None:
+    service.model.boxes = 1_000
     ids = list(range(3 * PART))
     entries = service.ask(ids)
     answered = [number for number in scores(entries) if number is not None]
     assert 0 < len(answered) < len(ids)
     assert service.queue.ids == [number for number in ids if number not in answered]
-    body = json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
-    size = len(json.dumps(body, ensure_ascii=False).encode())
-    assert 80_000 < size <= 100_000 + len(ids) + 2, "as JSON in JSON; the commas between are the wrapping's"
+    size = len(json.dumps(service.body.decode(), ensure_ascii=False).encode())
+    assert 5.5 * 2**20 < size < 6 * 2**20, "as JSON in JSON"
 
 
 def test_a_queue_that_takes_nothing_fails_the_request(service: Service) -> None:

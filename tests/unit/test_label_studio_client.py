@@ -388,10 +388,14 @@ def test_a_backend_is_renamed_with_what_label_studio_demands(server: RecordingSe
 def test_a_file_is_downloaded_up_to_its_limit(server: RecordingServer, client: LabelStudioClient) -> None:
     server.answer = lambda _: Answer(body=b"x" * 100)
     assert client.download("/data/upload/1/a.png", limit=100) == b"x" * 100
-    with pytest.raises(TooLargeError, match="more than 99 bytes"):
-        client.download("/data/upload/1/a.png", limit=99)
-    server.answer = lambda _: Answer(body={"tasks": [], "total": 5, "total_annotations": 5})
-    assert client.tally(1).tasks == 5, "the connection is still good"
+    with pytest.raises(TooLargeError, match="more than 50 bytes") as too_large:
+        client.download("/data/upload/1/a.png", limit=50)
+    assert too_large.value.size == 100
+    server.answer = lambda _: Answer(201, body={"id": 7})
+    assert client.annotate(1, [], seconds=1) == 7, (
+        "a POST, which is not sent twice, gets no connection with the file's rest in it"
+    )
+    assert len(server.requests) == 3
 
 
 def test_a_download_that_breaks_off_is_an_error(server: RecordingServer, client: LabelStudioClient) -> None:

@@ -233,7 +233,9 @@ def test_after_a_shortage_the_next_type_comes_first() -> None:
 
 
 def test_without_any_quota_the_error_says_what_to_do() -> None:
-    with pytest.raises(TrainingServiceError, match=r"raise the quota, or name other instances under training.fallback_inst"):
+    with pytest.raises(
+        TrainingServiceError, match=r"limit is 0; raise the quota, or name other instances under training.fallback_inst"
+    ):
         Launcher(SETTINGS, Quotas()).start(with_fallbacks("ml.g6.xlarge"), JOB, None)
 
 

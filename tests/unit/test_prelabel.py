@@ -17,13 +17,14 @@ import onnx
 import pytest
 
 from labelloop import artifacts, drift, shadow
+from labelloop.active_learning import stream_of
 from labelloop.artifacts import Bucket, Champions, s3_uri
 from labelloop.errors import LabelStudioError, ServiceError, StorageError
 from labelloop.label_studio.client import StoredPrediction, StoredTask
 from labelloop.label_studio.payloads import Prediction, PredictTask
 from labelloop.ledger import Ledger
 from labelloop.messages import RANGE, PrelabelQueue, asked_ranges, unlabelled_ranges
-from labelloop.predict import Predictor, TaskPredictor
+from labelloop.predict import Predicted, Predictor, TaskPredictor
 from labelloop.prelabel import SETTLED, Prelabelled, Prelabeller
 from labelloop.records import GateRules, Promotion, Shadow, TaskRange
 from tests import examples
@@ -38,6 +39,11 @@ class Task:
     sha256: str = ""
     predictions: list[StoredPrediction] = field(default_factory=list)
     begun: bool = False  # annotated, skipped, or with a draft
+
+    @property
+    def meta(self) -> dict[str, str] | None:
+        """What `ingest` noted; None where it did not make the task."""
+        return {"group": self.group, "sha256": self.sha256} if self.group else None
 
 
 @dataclass
@@ -74,20 +80,14 @@ class LabelStudio:
 
     def unlabelled_tasks(self, project: int, after: int, upto: int) -> list[StoredTask]:
         return [
-            StoredTask(
-                PredictTask(number, {"image": task.image}, {"group": task.group, "sha256": task.sha256}), list(task.predictions)
-            )
+            StoredTask(PredictTask(number, {"image": task.image}, task.meta), list(task.predictions))
             for number, task in self.tasks.items()
             if after < number <= upto and not task.begun
         ]
 
     def tasks_with_ids(self, project: int, tasks: Sequence[int]) -> list[StoredTask]:
         return [
-            StoredTask(
-                PredictTask(number, {"image": task.image}, {"group": task.group, "sha256": task.sha256}),
-                list(task.predictions),
-                task.begun,
-            )
+            StoredTask(PredictTask(number, {"image": task.image}, task.meta), list(task.predictions), task.begun)
             for number, task in self.tasks.items()
             if number in tasks
         ]
@@ -244,6 +244,20 @@ def test_a_promotion_meanwhile_is_seen_by_whoever_writes_last(world: World) -> N
     assert [world.label_studio.versions(task)[0][1] for task in tasks] == ["digits v2"] * 2
 
 
+def test_after_a_promotion_meanwhile_what_is_stored_is_the_new_versions_and_not_only_its_name(world: World) -> None:
+    world.promote(1)
+    task = world.label_studio.add(world.image("a"), "digits v0")
+    there = world.label_studio.tasks[task]
+    there.group = next(group for group in map(examples.sha256, "abcdefgh") if stream_of(group, examples.DIGITS) == "active")
+    world.label_studio.meanwhile = lambda: world.promote(2)
+    world.work()
+    champion = world.champions.read("digits")
+    assert champion is not None
+    [answer] = world.predictor.predict(champion, [PredictTask(task, {"image": there.image}, there.meta)])
+    assert isinstance(answer, Predicted)
+    assert there.predictions[0].score == answer.place.score
+
+
 def test_what_is_annotated_while_the_model_runs_is_not_touched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.promote(1)
     begun, waiting = (world.label_studio.add(world.image(name), "digits v0") for name in ("a", "b"))
@@ -279,6 +293,16 @@ def test_a_write_that_fails_is_tried_again(world: World) -> None:
     world.label_studio.broken = 2
     world.work()
     assert [len(world.label_studio.tasks[task].predictions) for task in tasks] == [1, 1, 1]
+
+
+def test_a_deletion_that_fails_is_tried_again(world: World) -> None:
+    world.promote(1)
+    task = world.label_studio.add(world.image("a"), *["digits v1"] * 3)
+    world.work()
+    world.label_studio.let_time_pass()
+    world.label_studio.broken = 1
+    world.work()
+    assert world.label_studio.versions(task) == [(1, "digits v1")]
 
 
 def test_a_label_studio_that_takes_nothing_is_an_error(world: World) -> None:
@@ -379,6 +403,16 @@ def test_tasks_that_somebody_has_begun_tell_nothing_of_a_version_in_shadow(world
     (message,) = asked_ranges("digits", [task])
     assert world.work(message).in_shadow == 0
     assert world.ledger.pairs("digits", 2) == []
+
+
+def test_a_task_that_somebody_made_by_hand_is_predicted_and_tells_nothing(world: World) -> None:
+    world.promote(1)
+    into_shadow(world, 2, examples.brightness_model())
+    held_out(world, 1)
+    by_hand = world.label_studio.add(world.image("by hand"))
+    world.label_studio.tasks[by_hand].group = ""
+    assert world.work().in_shadow == 1
+    assert world.label_studio.versions(by_hand)[0][1] == "digits v1"
 
 
 def test_a_damaged_version_in_shadow_keeps_nobody_waiting(world: World) -> None:

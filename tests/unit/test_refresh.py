@@ -9,10 +9,10 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from labelloop.artifacts import Bucket, Champions
+from labelloop.artifacts import Bucket, Champions, evaluation_key
 from labelloop.errors import LabelStudioError, NotSetUpError
 from labelloop.ledger import Ledger
-from labelloop.records import Promotion, Shadow, TaskRange, VersionJudged
+from labelloop.records import Promotion, Shadow, Suspect, TaskRange, VersionJudged
 from labelloop.refresh import Refreshed, Refresher
 from tests import examples
 from tests.fake_label_studio import FakeLabelStudio
@@ -140,6 +140,24 @@ def test_nothing_is_predicted_twice_because_something_else_failed(
     assert queue.sent == []
 
 
+@pytest.mark.parametrize("serves", [2, 3])
+def test_what_a_versions_training_found_suspicious_is_offered_whether_it_serves_or_was_kept(
+    champions: Champions, ledger: Ledger, label_studio: LabelStudio, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, serves: int
+) -> None:
+    offered: list[tuple[int, list[Suspect]]] = []
+
+    def offer(folder: object, project: int, version: int, suspects: list[Suspect], *_: object) -> int:
+        offered.append((version, suspects))
+        return len(suspects)
+
+    monkeypatch.setattr("labelloop.review.offer", offer)
+    champions.swap(examples.champion(serves), tag=None)
+    report = msgspec.structs.replace(examples.evaluation(3), suspects=[examples.suspect()])
+    bucket.put(evaluation_key("digits", 3), msgspec.json.encode(report))
+    assert refreshed(champions, ledger, label_studio, 3, Queue()).cases == 1
+    assert offered == [(3, [examples.suspect()])]
+
+
 @pytest.mark.parametrize("judged", [2, 4])
 def test_a_version_that_does_not_serve_has_nothing_predicted(
     champions: Champions, ledger: Ledger, label_studio: LabelStudio, judged: int
@@ -158,6 +176,7 @@ def test_the_backend_takes_the_name_of_the_version(champions: Champions, ledger:
     champions.swap(examples.champion(3), tag=None)
     assert run(champions, ledger, label_studio) == "digits v3"
     assert [backend["title"] for backend in label_studio.backends_] == ["digits v3", "SAM"]
+    assert label_studio.backends_[0]["basic_auth_pass"] == "the password", "else Label Studio could not sign in any more"
 
 
 def test_a_second_event_changes_nothing(champions: Champions, ledger: Ledger, label_studio: LabelStudio) -> None:

@@ -41,6 +41,18 @@ def test_a_refusal_is_an_error_with_what_mlflow_said(mlflow: RecordingServer) ->
     assert caught.value.status == 404
 
 
+def test_what_is_not_there_is_nothing_and_a_server_that_fails_is_an_error(mlflow: RecordingServer) -> None:
+    """An erasure that took the one for the other would leave the image there, and say that it is gone."""
+    registry = Registry(mlflow.url)
+    mlflow.answer = lambda _: Answer(404, {"error_code": "RESOURCE_DOES_NOT_EXIST"})
+    assert (registry.runs_of("digits", "d" * 64), registry.artifact("1/run/artifacts/evaluation.html")) == ([], None)
+    mlflow.answer = lambda _: Answer(500)
+    with pytest.raises(RegistryError, match="500"):
+        registry.runs_of("digits", "d" * 64)
+    with pytest.raises(RegistryError, match="500"):
+        registry.artifact("1/run/artifacts/evaluation.html")
+
+
 def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(mlflow: RecordingServer) -> None:
     mlflow.answer = lambda _: Answer(503 if len(mlflow.requests) == 1 else 200)
     Registry(mlflow.url).set_alias("digits", "champion", 3)

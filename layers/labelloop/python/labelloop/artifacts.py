@@ -113,15 +113,13 @@ class Bucket:
     def __init__(self, name: str, *, credential_provider: Any = None) -> None:
         self.name = name
         settings = Settings()
-        endpoint, token = settings.endpoint_url, settings.credentials_token
-        options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
-        if token:
-            options["container_authorization_token_file"] = _token_file(token)
+        token = settings.credentials_token
+        options: dict[str, Any] = {"container_authorization_token_file": _token_file(token)} if token else {}
         self._store = S3Store(
             name,
             credential_provider=credential_provider,
             retry_config=_RETRIES,
-            client_options={"timeout": "20s", "connect_timeout": "3s", "allow_http": bool(endpoint)},
+            client_options={"timeout": "20s", "connect_timeout": "3s", "allow_http": bool(settings.endpoint_url)},
             **options,
         )
 

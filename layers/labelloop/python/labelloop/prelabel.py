@@ -103,10 +103,7 @@ class Prelabeller:
 
     def _accept(self, project: int, champion: Champion, predicted: Sequence[tuple[StoredTask, Predicted]]) -> int:
         """Let sure predictions become annotations, where the config asks for it; how many did."""
-        folder = self._predictor.folder(champion)
-        if folder.config.auto_accept is None:
-            return 0
-        card = self._predictor.card(champion)
+        folder, card = self._predictor.folder(champion), self._predictor.card(champion)
         pairs = [(listed.task, answer) for listed, answer in predicted if not listed.begun]
         return auto_accept.accept(folder, card, champion.version, project, self._ledger, self._label_studio, pairs)
 
@@ -190,7 +187,7 @@ class Prelabeller:
             superfluous = ours[1:] if not stale else []
             settled = [stored for stored in superfluous if _is_settled(stored)]
             deletions += [partial(self._label_studio.delete_prediction, stored.id) for stored in settled]
-            outcome.unsettled += len(ours) > 1 and len(settled) < len(ours) - 1
+            outcome.unsettled += len(settled) < len(ours) - 1
         outcome.written += len(writes)
         outcome.deleted += len(deletions)
         self._send([*writes, *deletions])

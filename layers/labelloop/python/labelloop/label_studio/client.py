@@ -406,6 +406,7 @@ class LabelStudioClient:
         except urllib3.exceptions.HTTPError as error:
             raise LabelStudioError(f"Label Studio broke off {path}: {error}") from error
         finally:
+            answer.close()  # the connection too, unless all was read: what is left would be in the way of the next request
             answer.release_conn()
         if len(data) > limit:
             said = answer.headers.get("Content-Length", "")
