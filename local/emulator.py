@@ -6,11 +6,14 @@ must find only what their layers bring. This file therefore imports neither labe
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 REQUIREMENTS = ("ministack==1.5.33", "boto3==1.43.106")  # boto3: Lambda's own Python brings it, so functions may rely on it
 READY_PATH = "/_ministack/health"
 FUNCTION_LOGS = "LABELLOOP_FUNCTION_LOGS"
+SAVE_S = 5.0  # between two savings of the state
+_SAVE_SHARE = 20  # as many times longer than a saving takes it is idle before the next, if that is more
 CONCURRENCY = 8  # each concurrent invocation unpacks its own copy of the layers: some 100 MB
 
 # What reaches ministack, and through it the functions, of the environment that it is started with.
@@ -125,6 +130,48 @@ def flush_authorizers() -> None:
     apigateway_v1.handle_request = handle_or_flush
 
 
+def save_meanwhile() -> None:
+    """Save what has changed every few seconds. ministack saves when it is asked to stop, and nothing where it is killed.
+
+    Its event loop answers the requests, so between two of them nothing is half-done.
+    """
+    from ministack import app
+    from ministack.core.persistence import save_state
+    from ministack.core.responses import AccountRegionScopedDict, AccountScopedDict
+
+    for kind in (AccountScopedDict, AccountRegionScopedDict):
+        kind.__eq__ = lambda self, other: type(self) is type(other) and self._data == other._data
+    logging.getLogger("persistence").setLevel(logging.WARNING)
+    load = app._load_persisted_state
+
+    async def save_again_and_again() -> None:
+        saved: dict[str, Any] = {}
+        while True:
+            took = 0.0
+            for name, get_state in app._build_persistence_save_dict().items():
+                began = time.monotonic()
+                try:
+                    state = get_state()
+                except Exception:  # a thread changes it: the next round
+                    logging.getLogger("persistence").exception("%s is not saved yet", name)
+                    continue
+                if name == "lambda":  # or each batch of messages would have all layers written, some 90 MB
+                    for mapping in state["esms"]._data.values():
+                        mapping["LastProcessingResult"] = "No records processed"
+                if state is not None and state != saved.get(name):
+                    save_state(name, state)
+                    saved[name] = state
+                took += time.monotonic() - began
+                await asyncio.sleep(0)
+            await asyncio.sleep(max(SAVE_S, took * _SAVE_SHARE))
+
+    def load_and_save_from_then_on() -> None:
+        load()
+        app.saving = asyncio.get_running_loop().create_task(save_again_and_again())
+
+    app._load_persisted_state = load_and_save_from_then_on
+
+
 def main() -> None:
     function_logs = os.environ[FUNCTION_LOGS]
     for name in list(os.environ):
@@ -138,6 +185,7 @@ def main() -> None:
     count_loopback_as_tls()
     keep_function_logs(Path(function_logs))
     flush_authorizers()
+    save_meanwhile()
     sys.argv = ["ministack"]
     app.main()
 

@@ -443,10 +443,11 @@ class Service:
             return "Stopped", "Stopped"
         specification, stopping = job.request["AlgorithmSpecification"], job.request["StoppingCondition"]
         words = [*specification["ContainerEntrypoint"], *specification.get("ContainerArguments", [])]
+        log_file = self._logs / f"{job.name}.log"
         started = start(
             job.name,
             [_OPT_ML.sub(str(folder), word) for word in words],
-            log=self._logs / f"{job.name}.log",
+            log=log_file,
             environment=self._environment(job, folder),
             folder=folder,
         )
@@ -474,7 +475,7 @@ class Service:
         if ending is None and job.spot and status in _TERMINATED:
             return None
         if ending is None and status:
-            raise JobFailure(_failure_reason(folder, status))
+            raise JobFailure(_failure_reason(folder, status, log_file))
         return ending or ("Completed", "Completed")
 
     def _environment(self, job: Job, folder: Path) -> Mapping[str, str]:
@@ -559,13 +560,21 @@ def _event_detail(job: Job) -> dict[str, Any]:
     }
 
 
-def _failure_reason(folder: Path, status: int) -> str:
+def _failure_reason(folder: Path, status: int, log_file: Path) -> str:
     try:
         with (folder / "output" / "failure").open(encoding="utf-8", errors="replace") as file:
             text = file.read(_FAILURE_CHARACTERS).strip()
     except OSError:
         text = ""
-    return f"AlgorithmError: {text or f'exit code {status}'}"
+    return f"AlgorithmError: {text or f'{_ending(status)}; its log is {log_file}'}"
+
+
+def _ending(status: int) -> str:
+    """How a process ended that left no word; as SIGKILL the kernel ends one that memory is short for."""
+    if status >= 0:
+        return f"exit code {status}"
+    short = ", perhaps as memory was short" if status == -signal.SIGKILL else ""
+    return f"ended by {signal.Signals(-status).name}{short}"
 
 
 def _objects(s3: Any, bucket: str, prefix: str) -> list[dict[str, Any]]:

@@ -225,6 +225,9 @@ class LaptopStack:
     def _start_missing(self, record: _Record) -> None:
         """Start every part that does not run, all at once: each knows the others' addresses beforehand."""
         running = [part for part in PARTS if part in record.processes and is_running(record.processes[part])]
+        dead = [process for part, process in record.processes.items() if part not in running]
+        if dead:  # their children may live on, hold the port, and write into the folder
+            stop(dead, grace_s=_STOP_GRACE_S)
         before = dict(record.ports)
         for part in PARTS:
             if part not in running and not (part in record.ports and is_free(record.ports[part])):

@@ -121,14 +121,14 @@ def decode(rows: Sequence[ManifestRow], job: TrainingJob, config: ModelConfig, c
             data = _read(row, job.images, config.images_prefix)
             image = imaging.decode(data, width=card.width, height=card.height, mode=card.mode, oversampling=card.oversampling)
         except ImageError as error:
-            return f"{row.image} {error}"
+            return f"{row.image} (task {row.task}) {error}"
         pixels[number] = np.asarray(image, dtype=np.uint8).reshape(pixels.shape[1:])
         return None
 
     with ThreadPoolExecutor(_READERS) as readers:
         _raise_all(
             ImageError,
-            "of the snapshot's images cannot be used",
+            "of the snapshot's images cannot be used; put back what was annotated, or delete their tasks in Label Studio",
             [problem for problem in readers.map(fill, missing) if problem],
         )
     if cache and missing:

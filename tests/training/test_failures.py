@@ -118,11 +118,14 @@ def odd_hyperparameter(case: Case) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (missing, "2 of the snapshot's images cannot be used: s3://images/images/digits/digit-"),
-        (broken, "1 of the snapshot's images cannot be used: s3://images/images/digits/odd.png"),
+        (
+            missing,
+            "2 of the snapshot's images cannot be used; put back what was annotated, or delete their tasks in Label Studio: ",
+        ),
+        (broken, "in Label Studio: s3://images/images/digits/odd.png (task 0) "),
         (changed, "has changed since it was annotated"),
         (outside, "does not lie under images/digits/"),
-        (another_model, "s3://images/images/faces/a.png does not lie under images/digits/"),
+        (another_model, "s3://images/images/faces/a.png (task 0) does not lie under images/digits/"),
         (unknown_label, "is 'ten'"),
         (nothing_to_train, "none of 40 annotated images falls into the train split"),
         (no_holdout, "accuracy cannot be measured"),

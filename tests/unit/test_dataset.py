@@ -150,7 +150,7 @@ def test_an_annotation_of_another_control_tag_is_no_label() -> None:
     task = annotated_task(1)
     other = [msgspec.structs.replace((task.annotations[0].result or [])[0], from_name="quality")]
     changed = msgspec.structs.replace(task, annotations=[msgspec.structs.replace(task.annotations[0], result=other)])
-    assert rows(changed) == ([], {"0 classes are chosen instead of one": 1})
+    assert rows(changed) == ([], {"it names the control tag 'quality', labeling_template.xml 'digit'": 1})
 
 
 def test_a_skipped_task_is_no_annotation() -> None:

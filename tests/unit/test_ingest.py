@@ -182,7 +182,9 @@ def test_the_marker_of_a_folder_is_no_image(intake: Intake) -> None:
     assert intake.take("images/digits/", "images/") == Outcome()
 
 
-@pytest.mark.parametrize("key", ["images/digits//a.png", "images/digits/../a.png", "images/digits/a\nb.png"])
+@pytest.mark.parametrize(
+    "key", ["images/digits//a.png", "images/digits/../a.png", "images/digits/a\nb.png", "images/digits/a?.png"]
+)
 def test_a_key_that_cannot_be_read_is_refused_and_does_not_come_again(intake: Intake, key: str) -> None:
     outcome = intake.take(key, intake.put("a.png", png()))
     assert "another name" in outcome.refused[key]

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 import urllib3
 from botocore.exceptions import ClientError
 
 from local import emulator
 from local.environment import aws_client
-from local.processes import answers, free_port, start, stop, wait_until_ready
+from local.processes import ProcessRecord, answers, free_port, start, stop, wait_until_ready
 from local.toolchain import find_uv, tool_environment
+from tests.laptop import wait_for
 
 LAMBDA_TRUST = {
     "Version": "2012-10-17",
@@ -32,6 +34,7 @@ LAMBDA_TRUST = {
 class Running:
     endpoint: str
     function_logs: Path
+    process: ProcessRecord
 
     def client(self, service: str) -> Any:
         return aws_client(service, self.endpoint)
@@ -49,7 +52,7 @@ def run(folder: Path, *, patched: bool = True) -> Iterator[Running]:
     endpoint = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(started, lambda: answers(endpoint + emulator.READY_PATH), limit_s=180)
-        yield Running(endpoint, folder / "functions")
+        yield Running(endpoint, folder / "functions", started.record)
     finally:
         stop([started.record], grace_s=20)
 
@@ -226,22 +229,53 @@ def test_without_the_patch_it_cannot(unpatched: Running) -> None:
         unpatched.client("apigateway").flush_stage_authorizers_cache(restApiId=api, stageName="v1")
 
 
+def fill(running: Running) -> None:
+    s3, sqs, tables = (running.client(service) for service in ("s3", "sqs", "dynamodb"))
+    s3.create_bucket(Bucket="kept")
+    s3.put_object(Bucket="kept", Key="ä b/1.png", Body=b"pixels")
+    sqs.send_message(QueueUrl=sqs.create_queue(QueueName="kept")["QueueUrl"], MessageBody="waiting")
+    tables.create_table(
+        TableName="kept",
+        KeySchema=[{"AttributeName": "model", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "model", "AttributeType": "S"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+    tables.put_item(TableName="kept", Item={"model": {"S": "digits"}})
+
+
+def is_full(running: Running) -> bool:
+    s3, sqs, tables = (running.client(service) for service in ("s3", "sqs", "dynamodb"))
+    url = sqs.get_queue_url(QueueName="kept")["QueueUrl"]
+    return (
+        s3.get_object(Bucket="kept", Key="ä b/1.png")["Body"].read() == b"pixels"
+        and [message["Body"] for message in sqs.receive_message(QueueUrl=url)["Messages"]] == ["waiting"]
+        and tables.get_item(TableName="kept", Key={"model": {"S": "digits"}})["Item"] == {"model": {"S": "digits"}}
+    )
+
+
 def test_state_survives_a_stop(tmp_path: Path) -> None:
     for running in run(tmp_path):
-        s3, sqs, tables = (running.client(service) for service in ("s3", "sqs", "dynamodb"))
-        s3.create_bucket(Bucket="kept")
-        s3.put_object(Bucket="kept", Key="ä b/1.png", Body=b"pixels")
-        sqs.send_message(QueueUrl=sqs.create_queue(QueueName="kept")["QueueUrl"], MessageBody="waiting")
-        tables.create_table(
-            TableName="kept",
-            KeySchema=[{"AttributeName": "model", "KeyType": "HASH"}],
-            AttributeDefinitions=[{"AttributeName": "model", "AttributeType": "S"}],
-            BillingMode="PAY_PER_REQUEST",
-        )
-        tables.put_item(TableName="kept", Item={"model": {"S": "digits"}})
+        fill(running)
     for running in run(tmp_path):
-        s3, sqs, tables = (running.client(service) for service in ("s3", "sqs", "dynamodb"))
-        assert s3.get_object(Bucket="kept", Key="ä b/1.png")["Body"].read() == b"pixels"
-        url = sqs.get_queue_url(QueueName="kept")["QueueUrl"]
-        assert [message["Body"] for message in sqs.receive_message(QueueUrl=url)["Messages"]] == ["waiting"]
-        assert tables.get_item(TableName="kept", Key={"model": {"S": "digits"}})["Item"] == {"model": {"S": "digits"}}
+        assert is_full(running)
+
+
+def test_state_survives_a_kill(tmp_path: Path) -> None:
+    """A machine that goes down, too: what was there some seconds ago is there again."""
+    state = Path(emulator.environment(0, tmp_path, tmp_path)["STATE_DIR"])
+    for running in run(tmp_path):
+        fill(running)
+        wait_for(lambda: all(b"kept" in read(state / f"{name}.json") for name in ("s3", "sqs", "dynamodb")), 60, "it is saved")
+        running.client("dynamodb").put_item(TableName="kept", Item={"model": {"S": "pets"}})
+        wait_for(lambda: b"pets" in read(state / "dynamodb.json"), 60, "a change is saved")
+        family = [process := psutil.Process(running.process.pid), *process.children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=30)
+    for running in run(tmp_path):
+        assert is_full(running)
+        assert running.client("dynamodb").scan(TableName="kept")["Count"] == 2
+
+
+def read(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""

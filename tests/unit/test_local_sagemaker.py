@@ -255,8 +255,14 @@ def test_a_failing_job_says_why(standin: StandIn) -> None:
 
 def test_a_job_that_dies_without_a_word_fails_with_its_exit_code(standin: StandIn) -> None:
     standin.create("mute", "print('last words'); raise SystemExit(7)")
-    assert standin.wait("mute")["FailureReason"] == "AlgorithmError: exit code 7"
-    assert (standin.home / "logs" / "mute.log").read_text() == "last words\n"
+    log = standin.home / "logs" / "mute.log"
+    assert standin.wait("mute")["FailureReason"] == f"AlgorithmError: exit code 7; its log is {log}"
+    assert log.read_text() == "last words\n"
+
+
+def test_a_job_that_is_killed_says_so(standin: StandIn) -> None:
+    standin.create("killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert "ended by SIGKILL, perhaps as memory was short; its log" in standin.wait("killed")["FailureReason"]
 
 
 def test_a_channel_without_objects_fails_the_job(standin: StandIn) -> None:
@@ -352,7 +358,7 @@ def test_without_spot_nobody_starts_a_terminated_job_again(standin: StandIn) -> 
     standin.create("on-demand", SAVE_AND_WAIT)
     standin.wait("on-demand", lambda _: is_saved(standin, "on-demand"))
     take_machine_away(standin, "on-demand")
-    assert standin.wait("on-demand")["FailureReason"] == "AlgorithmError: exit code -15"
+    assert standin.wait("on-demand")["FailureReason"].startswith("AlgorithmError: ended by SIGTERM; its log")
 
 
 def test_a_spot_job_that_was_asked_to_stop_is_not_started_again(standin: StandIn) -> None:

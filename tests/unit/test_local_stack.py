@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from cli.demo import Demo
 from labelloop.errors import ConfigError, ConflictError, LocalServiceError
 from local.deploy import progress
 from local.environment import clean_environment
-from local.processes import MARK, is_running, start, stop
+from local.processes import MARK, free_port, is_free, is_running, start, stop, wait_until_ready
 from local.stack import PARTS, Addresses, LaptopStack, held
 from local.toolchain import REPOSITORY, cache_folder, cdk_command, find_uv, tool_environment
 
@@ -92,6 +93,29 @@ def test_a_stack_of_which_a_part_has_died_is_not_taken_for_none(tmp_path: Path) 
         for process in parts.values():
             process.popen.wait()
     assert LaptopStack.running(tmp_path) is None
+
+
+def test_what_a_killed_part_leaves_behind_keeps_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uv starts the servers: whoever kills it alone leaves the server."""
+    broken = f'case "$1" in tool|run) exit 4;; *) exec {find_uv()} "$@";; esac'
+    monkeypatch.setenv("UV", str(executable(tmp_path / "uv", broken)))
+    home, said, port = tmp_path / "home", list[str](), free_port()
+    server = f"{sys.executable} -m http.server {port} --bind 127.0.0.1 & wait"
+    part = start("mlflow", ["sh", "-c", server], log=tmp_path / "log", environment=os.environ)
+    try:
+        wait_until_ready(part, lambda: not is_free(port), limit_s=60)
+        part.popen.kill()
+        part.popen.wait()
+        assert not is_free(port)
+        record = {"ports": {"mlflow": port}, "password": "b", "token": "c"}
+        home.mkdir()
+        (home / "stack.json").write_text(json.dumps(record | {"processes": {"mlflow": msgspec.to_builtins(part.record)}}))
+        with pytest.raises(LocalServiceError):
+            a_stack(home, said).up()
+    finally:
+        stop([part.record], grace_s=5)
+    assert [text for text in said if "is taken" in text] == []
+    assert json.loads((home / "stack.json").read_text())["ports"]["mlflow"] == port
 
 
 def _is_of_this_test(process: psutil.Process) -> bool:

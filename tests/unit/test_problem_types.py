@@ -104,6 +104,16 @@ def test_a_rectangle_that_cannot_be_learnt_from_says_why(region: dict[str, Any],
         said("detection", annotation_of(rectangle(), region))
 
 
+@pytest.mark.parametrize(("name", "region"), [("multilabel", choices("cat").result), ("detection", [rectangle()])])
+def test_what_a_renamed_control_tag_said_is_not_nothing(name: ProblemTypeName, region: Any) -> None:
+    """Annotations of before the renaming would be learnt from as examples of nothing."""
+    renamed = LABELS._replace(from_name="animal")
+    annotation = annotation_of(*msgspec.to_builtins(region))
+    assert said(name, annotation)
+    with pytest.raises(AnnotationError, match=r"names the control tag 'what', labeling_template\.xml 'animal'"):
+        problem_types.of(name).annotated(annotation, renamed)
+
+
 def test_a_full_turn_is_upright_and_other_tags_do_not_count() -> None:
     keypoint = {"from_name": "point", "type": "keypointlabels", "value": {"x": 1, "y": 1, "keypointlabels": ["cat"]}}
     assert len(said("detection", annotation_of(rectangle(rotation=360), keypoint))) == 1

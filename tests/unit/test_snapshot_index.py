@@ -137,7 +137,7 @@ def test_the_format_is_raised_when_rows_are_made_otherwise() -> None:
         made(40, "d", [("1", "2026-01-01T00:00:00Z", True, False)]),
     ]
     digest = freeze(some, DIGITS, LABELS)[0].digest
-    assert (FORMAT, digest) == (4, "0fa691b041eb3ce572a340f7bb4f7c48d37f1c1223676f93b643c01e1f139de3")
+    assert (FORMAT, digest) == (5, "0fa691b041eb3ce572a340f7bb4f7c48d37f1c1223676f93b643c01e1f139de3")
 
 
 # What is read

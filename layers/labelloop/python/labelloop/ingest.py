@@ -163,6 +163,8 @@ class Ingest:
     def _inspect(self, message: str, key: str) -> _Image | None:
         if not is_plain_key(key):
             raise ImageError("its key has an empty or dotted part, or a control character; give it another name")
+        if "?" in key:  # Label Studio takes what follows for an address's query
+            raise ImageError("Label Studio cannot show an image with a ? in its key; give it another name")
         data = self._images.get(key, limit=imaging.MAX_BYTES)
         if data is None:
             return None

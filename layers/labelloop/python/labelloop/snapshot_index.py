@@ -38,7 +38,7 @@ from labelloop.model_config import ModelConfig, ModelFolder
 from labelloop.records import ManifestRow, Snapshot, Split
 from labelloop.wording import counted
 
-FORMAT = 4  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
+FORMAT = 5  # of the file, and of what rows are made of: raise it with either (tests/unit/test_snapshot_index.py holds an example)
 
 # Label Studio's clocks and transactions are not in one order: what was committed that long after its time is still read.
 OVERLAP = timedelta(seconds=30)

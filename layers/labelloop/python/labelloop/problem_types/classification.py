@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from labelloop.errors import AnnotationError
 from labelloop.label_studio.label_config import Control, LabelConfig
-from labelloop.label_studio.payloads import Annotation, Value
+from labelloop.label_studio.payloads import Annotation, DrawnRegion, Value
 from labelloop.records import Metric, ModelCard, ProblemTypeName, Region
 
 if TYPE_CHECKING:
     import numpy as np
+
+Kind = Literal["choices", "rectanglelabels"]  # of a control tag's regions, and the key of their classes
+_SHOWN = 40  # characters of a name that may be anything
 
 
 def choices(allowed: tuple[str, ...], *, otherwise: str) -> Control:
@@ -61,14 +64,25 @@ class Classification:
 
 def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str]:
     """The choices of an annotation's control tag. Raises `AnnotationError` where they are no list of texts."""
-    labels: list[str] = []
-    for region in annotation.result or []:
-        if region.from_name == label_config.from_name and region.type == "choices":
-            labels += texts(region.value, "choices")
-    return labels
+    return [label for region in drawn(annotation, label_config, "choices") for label in texts(region.value, "choices")]
 
 
-def texts(value: Any, key: Literal["choices", "rectanglelabels"]) -> list[str]:
+def drawn(annotation: Annotation, label_config: LabelConfig, kind: Kind) -> list[DrawnRegion]:
+    """The regions of an annotation's control tag.
+
+    Raises `AnnotationError` where a tag of another name made one of them: it was renamed, and without what it says the image
+    would be an example of nothing.
+    """
+    found = [region for region in annotation.result or [] if region.type == kind]
+    for region in found:
+        if region.from_name != label_config.from_name:
+            raise AnnotationError(
+                f"it names the control tag {str(region.from_name)[:_SHOWN]!r}, labeling_template.xml {label_config.from_name!r}"
+            )
+    return found
+
+
+def texts(value: Any, key: Kind) -> list[str]:
     """The list of texts under a key of a region's value; none where it is missing. Raises `AnnotationError`."""
     if value is None:
         return []

@@ -6,12 +6,12 @@ Label Studio measures regions in percent of the image; here boxes are shares of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from labelloop.errors import AnnotationError, RequestError
 from labelloop.label_studio.label_config import Control, LabelConfig
 from labelloop.label_studio.payloads import Annotation, DrawnRegion
-from labelloop.problem_types.classification import texts
+from labelloop.problem_types.classification import Kind, drawn, texts
 from labelloop.records import Box, BoxRules, Metric, ModelCard, ProblemTypeName, Region
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ FLOOR = 0.05  # score under which a box is not considered, as in COCO's evaluati
 _UPRIGHT = 0.01  # degrees
 _FAR = 1e9  # percent, or degrees: more is no number that an editor makes
 _SAME = 0.5  # IoU from which two boxes are one thing, as in the metric
-_KIND: Literal["rectanglelabels"] = "rectanglelabels"  # of the regions, and the key of their classes
+_KIND: Kind = "rectanglelabels"
 
 
 class Detection:
@@ -39,11 +39,7 @@ class Detection:
 
     def annotated(self, annotation: Annotation, label_config: LabelConfig) -> list[Region]:
         """The rectangles; an image without any is an example of nothing. Raises `AnnotationError` on a turned one."""
-        return [
-            _rectangle(region)
-            for region in annotation.result or []
-            if region.from_name == label_config.from_name and region.type == _KIND
-        ]
+        return [_rectangle(region) for region in drawn(annotation, label_config, _KIND)]
 
     def result(self, regions: Sequence[Region], label_config: LabelConfig, size: tuple[int, int]) -> list[dict[str, Any]]:
         width, height = size
