@@ -258,8 +258,6 @@ class LabelStudioStack(cdk.Stack):
                 retries=10,
                 start_period=cdk.Duration.minutes(5),
             ),
-            # As long as the check is patient: nginx would wait three hours for what never gets healthy, and a deployment with it.
-            start_timeout=cdk.Duration.minutes(10),
         )
         nginx = task.add_container(
             "nginx",

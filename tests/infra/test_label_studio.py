@@ -175,7 +175,6 @@ def test_nothing_asks_the_database_whether_the_task_is_healthy(template: Templat
     assert service["LoadBalancers"][0]["ContainerName"] == "nginx"
     patience = check["StartPeriod"] + check["Interval"] * check["Retries"]
     assert service["HealthCheckGracePeriodSeconds"] >= patience == 600
-    assert container(template, "app")["StartTimeout"] == patience, "else nginx waits three hours for one that never gets healthy"
 
 
 def test_a_deployment_that_fails_is_taken_back_and_none_interrupts(template: Template) -> None:
