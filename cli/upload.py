@@ -47,6 +47,7 @@ class Report(msgspec.Struct, kw_only=True):
     """What an upload did, or with `dry_run` would do. Images go by their names in S3, files refused before by their paths.
 
     `copies`: the image with the same content, whose task counts for both. `sent_again`: images that lay there without a task.
+    `on_the_way`: those without one that lie there for so short a time that `ingest` may be at them.
     `deleted`: how many of those there stay without one, because somebody deleted it in Label Studio.
     `already_annotated`: images with a class whose tasks had an annotation, and were left alone. `notes`: what may not have been
     meant.
@@ -56,6 +57,7 @@ class Report(msgspec.Struct, kw_only=True):
     uploaded: int = 0
     already_there: int = 0
     sent_again: int = 0
+    on_the_way: int = 0
     deleted: int = 0
     annotated: int = 0
     already_annotated: int = 0
@@ -108,6 +110,7 @@ def run(
     waited = _waited(deployment.images, config.images_prefix) if lost else set()
     again = [there for there, name in lost.items() if (restore_deleted if before[name] in deleted else there in waited)]
     report.sent_again = len(again)
+    report.on_the_way = sum(before[name] not in deleted and there not in waited for there, name in lost.items())
     if dry_run:
         done = {task.sha256 for task in tasks if task.annotations}
         report.already_annotated = len(done & set(labels))
@@ -142,6 +145,10 @@ def show(report: Report, console: Console) -> None:
     if report.sent_again:
         were = would or ("was " if report.sent_again == 1 else "were ")
         say(f"{report.sent_again:,} lay there without a task and {were}sent to Label Studio again")
+    if report.on_the_way:
+        have = "has no task yet" if report.on_the_way == 1 else "have no task yet"
+        late = f"if none appears, run this again {_INGEST.seconds // 60} minutes after the upload"
+        say(f"{report.on_the_way:,} {have} and may be on the way to Label Studio; {late}")
     if report.deleted:
         say(f"{report.deleted:,} had a task that was deleted in Label Studio; --restore-deleted makes it anew")
     if report.annotated or report.already_annotated:

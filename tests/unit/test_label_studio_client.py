@@ -404,6 +404,12 @@ def test_a_download_that_breaks_off_is_an_error(server: RecordingServer, client:
         client.download("/data/upload/1/a.png", limit=2_000)
 
 
+def test_what_is_missing_of_a_project_is_not_taken_for_the_project(server: RecordingServer, client: LabelStudioClient) -> None:
+    server.answer = lambda _: Answer(404, {"detail": "no such prediction"})
+    with pytest.raises(LabelStudioError, match="no such prediction"):
+        client.prediction(5)
+
+
 def test_saving_an_annotation_as_it_is_has_its_task_counted(server: RecordingServer, client: LabelStudioClient) -> None:
     server.answer = lambda _: Answer(body={"id": 7})
     client.count_anew(7)

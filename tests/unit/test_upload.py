@@ -616,11 +616,16 @@ def test_images_without_a_task_are_sent_again(command: Upload, monkeypatch: pyte
     picture("set/b.png", 2)
     picture("set/c.png", 2)
     command.run("set")
-    assert command.run("set").sent_again == 0, "ingest may be at it"
+    report = command.run("set")
+    assert (report.sent_again, report.on_the_way) == (0, 2), "ingest may be at it"
+    out = io.StringIO()
+    show(report, Console(file=out, width=200))
+    assert "2 have no task yet and may be on the way" in out.getvalue()
     monkeypatch.setattr("cli.upload._INGEST", timedelta(minutes=-1))
     assert command.run("set", dry_run=True).sent_again == 2
     assert versions(command.bucket) == 2
-    assert command.run("set").sent_again == 2
+    report = command.run("set")
+    assert (report.sent_again, report.on_the_way) == (2, 0)
     assert versions(command.bucket) == 4
     command.tasks_appear()
     assert command.run("set").sent_again == 0
