@@ -208,6 +208,12 @@ def test_tasks_that_somebody_has_begun_and_predictions_of_others_are_left_alone(
     assert versions == ["sam v1", "digits", "digits v2", "review of digits v1"]
 
 
+def test_a_range_in_which_all_is_labelled_needs_no_model(world: World) -> None:
+    world.promote(1)
+    world.artifacts.put(artifacts.onnx_key("digits", 1), b"which to read would be an error")
+    assert world.work().tasks == 0
+
+
 def test_a_broken_image_spoils_no_other_task(world: World) -> None:
     world.promote(2)
     broken = world.label_studio.add(world.image("a", b"no image"), "digits v1")

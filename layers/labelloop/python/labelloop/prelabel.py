@@ -89,10 +89,11 @@ class Prelabeller:
             predicted = [(task, answer) for task in listed if isinstance(answer := found[task.task.id], Predicted)]
             if not self._settle(project, champion, predicted, outcome):
                 self._report(listed, found)
-                outcome.accepted = self._accept(project, champion, predicted)
-                told = [(task.task, answer) for task, answer in predicted if self._tells(task, champion)]
-                outcome.drift = self._measure_drift(champion, told)
-                outcome.in_shadow = self._ask_in_shadow(champion, told)
+                if predicted:  # else the model need not be loaded
+                    outcome.accepted = self._accept(project, champion, predicted)
+                    told = [(task.task, answer) for task, answer in predicted if self._tells(task, champion)]
+                    outcome.drift = self._measure_drift(champion, told)
+                    outcome.in_shadow = self._ask_in_shadow(champion, told)
                 return outcome
         raise LabelStudioError(f"Label Studio does not keep the predictions of tasks {tasks.after} to {tasks.upto}")
 
