@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
+import hypothesis
 import msgspec
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -28,6 +29,10 @@ USES_THE_LAPTOP = ("tests/loop/", "tests/browser/test_open_task.py", "tests/brow
 
 # Before anything starts threads of its own: torch and numpy spin on every core.
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+
+# A busy machine makes no example a wrong one: Hypothesis' own limit is 200 ms, which the first call of torch alone may take.
+hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and all that they start as well; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -280,7 +280,7 @@ def fuzz_requests(backend: Backend, number: int) -> int:
     tried = 0
 
     @settings(
-        max_examples=number, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=number, derandomize=True, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(
@@ -397,7 +397,7 @@ def fuzz_messages(functions: dict[str, tuple[ModuleType, Worker]], number: int) 
     tried = 0
 
     @settings(
-        max_examples=number, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=number, derandomize=True, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(
@@ -433,7 +433,7 @@ def test_thousands_of_fuzzed_messages_fail_alone(functions: dict[str, tuple[Modu
     assert fuzz_messages(functions, 3_000) > 6_000
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.none() | st.dictionaries(st.sampled_from(["Authorization", "authorization", "Host"]), st.text(max_size=50), max_size=2)
     | st.binary(max_size=40).map(lambda content: {"Authorization": "Basic " + base64.b64encode(content).decode()})

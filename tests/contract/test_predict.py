@@ -308,7 +308,7 @@ images = st.text() | st.sampled_from(["s3://", "http://", "//", "/data/upload/",
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(json_values | images.map(task), max_size=4), json_values)
 def test_whatever_comes_the_answer_is_valid(backend: Backend, tasks: list[Any], params: Any) -> None:
     status, answer = backend.predict(*tasks, params=params)

@@ -357,7 +357,7 @@ odd_regions = st.lists(
 
 
 @pytest.mark.parametrize("name", ["classification", "multilabel", "detection"])
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(odd_regions)
 def test_whatever_an_annotation_holds_it_is_learnt_from_or_refused(name: ProblemTypeName, regions: list[dict[str, Any]]) -> None:
     """One such annotation must not stop its model's training."""

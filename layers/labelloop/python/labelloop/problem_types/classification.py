@@ -64,7 +64,10 @@ class Classification:
 
 def chosen_labels(annotation: Annotation, label_config: LabelConfig) -> list[str]:
     """The choices of an annotation's control tag. Raises `AnnotationError` where they are no list of texts."""
-    return [label for region in drawn(annotation, label_config, "choices") for label in texts(region.value, "choices")]
+    labels: list[str] = []
+    for region in drawn(annotation, label_config, "choices"):
+        labels += texts(region.value, "choices")
+    return labels
 
 
 def drawn(annotation: Annotation, label_config: LabelConfig, kind: Kind) -> list[DrawnRegion]:
@@ -73,12 +76,13 @@ def drawn(annotation: Annotation, label_config: LabelConfig, kind: Kind) -> list
     Raises `AnnotationError` where a tag of another name made one of them: it was renamed, and without what it says the image
     would be an example of nothing.
     """
-    found = [region for region in annotation.result or [] if region.type == kind]
-    for region in found:
-        if region.from_name != label_config.from_name:
-            raise AnnotationError(
-                f"it names the control tag {str(region.from_name)[:_SHOWN]!r}, labeling_template.xml {label_config.from_name!r}"
-            )
+    found = []
+    for region in annotation.result or []:
+        if region.type == kind:
+            if region.from_name != label_config.from_name:
+                its, ours = str(region.from_name)[:_SHOWN], label_config.from_name
+                raise AnnotationError(f"it names the control tag {its!r}, labeling_template.xml {ours!r}")
+            found.append(region)
     return found
 
 
