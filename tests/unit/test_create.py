@@ -161,7 +161,7 @@ def test_classes_that_are_keys_are_their_own_hotkeys(tmp_path: Path) -> None:
 
 @example(["Cat", "Dog"], "00\x85")  # YAML's own line break: it was written as such, and read as a space
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=2, max_size=5, unique=True), st.text(min_size=3, max_size=50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_whatever_name_is_taken_is_read_again_the_same(classes: list[str], title: str) -> None:
     try:
         made = NewModel(name="pets", problem_type="classification", classes=classes, architecture="custom", title=title).render()

@@ -87,7 +87,6 @@ def test_other_shares_move_only_images_across_their_border() -> None:
         assert before == after or (before, after) == ("train", "test")
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 200), unique=True, max_size=40), st.lists(st.integers(201, 400), unique=True, max_size=40))
 def test_adding_tasks_never_moves_an_image(first: list[int], more: list[int]) -> None:
     before = {row.sha256: row.split for row in rows(*map(annotated_task, first))[0]}
@@ -178,7 +177,6 @@ def test_no_tasks_make_an_empty_snapshot() -> None:
     assert (snapshot.n_annotations, manifest) == (0, b"")
 
 
-@settings(deadline=None)
 @given(st.permutations(range(12)))
 def test_the_digest_is_the_manifests_and_does_not_depend_on_the_tasks_order(order: list[int]) -> None:
     plain, manifest = frozen(*(annotated_task(number, content=str(number)) for number in range(12)))
@@ -280,7 +278,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(JSON, JSON, JSON, JSON)
 def test_whatever_an_export_holds_its_task_is_a_row_or_left_out(value: Any, prediction: Any, known: Any, kind: Any) -> None:
     """One such task must not stop the reading of all."""

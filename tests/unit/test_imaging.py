@@ -459,7 +459,7 @@ def survives(data: bytes) -> None:
         assert info.width * info.height > 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(VICTIMS), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12))
 def test_changed_bytes_are_an_image_or_an_image_error(data: bytes, changes: list[tuple[float, int]]) -> None:
     damaged = bytearray(data)
@@ -468,7 +468,7 @@ def test_changed_bytes_are_an_image_or_an_image_error(data: bytes, changes: list
     survives(bytes(damaged))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(VICTIMS), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_headers_are_an_image_or_an_image_error(data: bytes, changes: list[tuple[int, int]]) -> None:
     damaged = bytearray(data)
@@ -477,13 +477,13 @@ def test_changed_headers_are_an_image_or_an_image_error(data: bytes, changes: li
     survives(bytes(damaged))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(VICTIMS), st.floats(0, 1), st.binary(max_size=20))
 def test_a_file_that_stops_early_is_an_image_or_an_image_error(data: bytes, share: float, tail: bytes) -> None:
     survives(data[: int(share * len(data))] + tail)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\x10\0\0\0WEBP", b"BM", b"II*\0"]), st.binary()
 )

@@ -677,7 +677,6 @@ def run(examples: int, *, phases: tuple[Phase, ...] = (Phase.generate, Phase.shr
             phases=phases,
             derandomize=derandomize,
             database=None,
-            deadline=None,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),

@@ -105,7 +105,7 @@ def made(number: int, content: str, annotations: list[tuple[str | None, str, boo
     return msgspec.structs.replace(task, annotations=found)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(CHANGES, min_size=2, max_size=6))
 def test_reading_what_is_new_gives_the_same_as_reading_all(batches: list[dict[int, Any]]) -> None:
     model, there = Model(), dict[int, AnnotatedTask]()
@@ -118,7 +118,7 @@ def test_reading_what_is_new_gives_the_same_as_reading_all(batches: list[dict[in
         assert model.look() == model.full
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.permutations(range(1, 10)), st.lists(st.integers(1, 9), min_size=1))
 def test_a_reading_in_pieces_gives_the_same(order: list[int], contents: list[int]) -> None:
     model = Model(*(annotated_task(n, content=str(contents[n % len(contents)])) for n in order))
@@ -154,7 +154,6 @@ def test_copies_count_once_in_whatever_blocks_they_lie() -> None:
     assert snapshot.n_train + snapshot.n_validation + snapshot.n_test == len(kept)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.tuples(st.just("1"), TIMES, st.booleans(), st.just(False)).map(lambda one: [one]))

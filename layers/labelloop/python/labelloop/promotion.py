@@ -37,6 +37,7 @@ from labelloop.registry import Registry
 from labelloop.wording import counted
 
 _MAX_MODEL_BYTES = 2 * 2**30
+_NAMED = 5  # classes
 _LET_SERVE = "it was let serve by hand before annotators' answers to its run in shadow decided"
 
 
@@ -49,11 +50,9 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
     """
     challenger, champion, comparison = evaluation.challenger, evaluation.champion, evaluation.comparison
     if champion_version is None:
-        images = len(evaluation.holdout)
-        return (
-            "promote",
-            f"the first version: {METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {counted(images, 'holdout image')}",
-        )
+        images = counted(len(evaluation.holdout), "holdout image")
+        measured = f"{METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {images}{_but(evaluation)}"
+        return "promote", f"the first version: {measured}"
     if champion is None or champion.version != champion_version:
         compared = f"version {champion.version}" if champion else "no champion"
         return "keep", f"it was compared with {compared}, but version {champion_version} serves now; train again to compare"
@@ -75,6 +74,15 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
         answered = f"annotators have answered {counted(evaluation.gate.shadow, 'task')}"
         return "shadow", f"{reason}; first it runs in shadow, until {answered}"
     return verdict, reason
+
+
+def _but(evaluation: Evaluation) -> str:
+    """The classes of which the holdout tells nothing, where there are any."""
+    untold = [name for name in evaluation.classes if name not in evaluation.challenger.per_class]
+    if not untold:
+        return ""
+    more = f" and {len(untold) - _NAMED} more" if len(untold) > _NAMED else ""
+    return f", which tell nothing of {', '.join(untold[:_NAMED])}{more}"
 
 
 def judge_live(running: Shadow, pairs: Sequence[ShadowPair]) -> tuple[Verdict, str, Comparison | None]:
