@@ -51,6 +51,7 @@ PARTS = ("emulator", "sagemaker", "mlflow", "label_studio")
 _READY_PATHS = {"emulator": emulator.READY_PATH, "sagemaker": "/", "mlflow": "/health", "label_studio": "/health"}
 # For a part that hangs; one that ends is noticed at once. A first start downloads packages, and a busy machine is far slower.
 _READY_LIMIT_S = 600.0
+_LEAST_FREE = 1_000_000_000  # bytes; each of the functions that run at once unpacks its layers, some 100 MB
 _STOP_GRACE_S = 30.0  # the emulator writes its state when it is asked to stop
 
 
@@ -120,8 +121,8 @@ class LaptopStack:
     def up(self) -> Addresses:
         """Start what does not run and deploy. After a failure or an interruption, what this call started is stopped again.
 
-        Raises `ConfigError` for a model's wrong config or template, a damaged record, or a folder that holds anything else (it is
-        the stack's alone, and `erase` deletes it), before anything is started.
+        Raises `ConfigError` for a model's wrong config or template, a damaged record, a disk that is all but full, or a folder
+        that holds anything else (it is the stack's alone, and `erase` deletes it), before anything is started.
         """
         ModelConfigs(self._model_configs).checked()
         if _read(self.home) is None and self._holds_anything:
@@ -131,6 +132,7 @@ class LaptopStack:
                 "--home",
             )
         with self._alone():
+            self._demand_room()
             record = _read(self.home) or _Record(ports={}, password=secrets.token_urlsafe(12), token=secrets.token_hex(20))
             self._pending, self._started = {}, []
             try:
@@ -221,6 +223,15 @@ class LaptopStack:
     def job_log(self, job_name: str) -> Path:
         """What a training job has written so far; the file appears when its process starts."""
         return self._logs / "jobs" / f"{job_name}.log"
+
+    def _demand_room(self) -> None:
+        free = shutil.disk_usage(self.home).free
+        if free < _LEAST_FREE:
+            raise ConfigError(
+                self.home,
+                f"has {free / 1e9:.1f} GB free, and a stack wants {_LEAST_FREE / 1e9:.0f} GB; make room, or name another folder",
+                "--home",
+            )
 
     def _start_missing(self, record: _Record) -> None:
         """Start every part that does not run, all at once: each knows the others' addresses beforehand."""

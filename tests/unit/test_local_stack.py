@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import psutil
@@ -67,6 +68,14 @@ def test_a_model_s_wrong_config_is_said_before_anything_is_started(tmp_path: Pat
             stack.up()
     assert said == []
     assert not home.exists()
+
+
+def test_a_full_disk_is_said_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=200_000_000))
+    said = list[str]()
+    with pytest.raises(ConfigError, match=r"has 0\.2 GB free, and a stack wants 1 GB; make room"):
+        a_stack(tmp_path / "home", said).up()
+    assert said == []
 
 
 def test_a_stack_of_which_a_part_has_died_is_not_taken_for_none(tmp_path: Path) -> None:
