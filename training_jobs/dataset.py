@@ -148,7 +148,8 @@ def demand_room(size: int, folder: Path, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StorageError(
-            f"{what} {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; raise training.volume_gb in config.yaml"
+            f"{what} {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {folder}; raise training.volume_gb in config.yaml, "
+            "or name a larger training.instance_type where the machine has a disk of its own"
         )
 
 
