@@ -594,7 +594,7 @@ def _used(uses: Sequence[Use]) -> str:
     return ", ".join(f"version {use.version} was {words[use.split]}" for use in uses) or "no version has seen it"
 
 
-def show(erased: Erased, deployment: Deployment, console: Console) -> None:
+def show(erased: Erased, console: Console, *, deployment: Deployment) -> None:
     """What was erased, what was not, and what follows for the versions."""
     _line(
         console,
@@ -609,8 +609,8 @@ def show(erased: Erased, deployment: Deployment, console: Console) -> None:
     if erased.trials or any(found.uses for found in erased.images):
         _line(console, "a version that has learnt from an image is not changed by this")
     if erased.serving:
-        to = deployment.command(f"rollback {erased.model} --to {erased.without}")
-        back = f", or go back now: {to}" if erased.without else ""
+        command = deployment.command(f"rollback {erased.model} --to {erased.without}")
+        back = f", or go back now: {command}" if erased.without else ""
         _line(
             console,
             f"version {erased.serving}, which serves, has learnt from it: train the next one without it, with Start Training in "

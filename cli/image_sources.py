@@ -18,6 +18,7 @@ from typing import Any
 
 from labelloop.artifacts import is_plain_key
 from labelloop.errors import ConfigError, RequestError
+from labelloop.label_studio.payloads import can_be_shown
 from labelloop.model_config import ModelConfig
 
 IMAGE, LABEL = "image", "label"  # columns
@@ -146,7 +147,7 @@ def _problem(source: Source, prefix: str) -> str | None:
         return f"its name is too long: S3 takes {_KEY_BYTES} bytes, it would have {len(key)}; shorten it"
     if not is_plain_key(prefix + source.name):
         return "its name has an empty or dotted part, or a control character; rename it"
-    if "?" in source.name:
+    if not can_be_shown(source.name):
         return "Label Studio cannot show an image with a ? in its name; rename it"
     return None
 

@@ -102,7 +102,9 @@ def demo(
 
 @_command("up")
 def up(
-    home: Annotated[Path, typer.Option(help="Folder that keeps the stack's data.", envvar="LABELLOOP_HOME")] = LAPTOP,
+    home: Annotated[
+        Path, typer.Option(help="Folder that keeps the stack's data, and nothing else.", envvar="LABELLOOP_HOME")
+    ] = LAPTOP,
     as_json: AsJson = False,
 ) -> None:
     """Start the laptop's stack, or bring the running one up to date with the code. Its data is kept."""
@@ -126,9 +128,8 @@ def up(
     console.print()
     for line in addresses_to_show(addresses):
         console.print(line, highlight=False, soft_wrap=True)
-    for number, words in enumerate(("setup-label-studio-project MODEL", "upload-images MODEL FOLDER")):
-        following = f"labelloop {words}{home_option(home)}"
-        console.print(f"{'next:' if number == 0 else '':<6}{following}", highlight=False, soft_wrap=True, markup=False)
+    steps = ("setup-label-studio-project MODEL", "upload-images MODEL FOLDER")
+    _say_next([f"labelloop {step}{home_option(home)}" for step in steps])
 
 
 @_command("down --erase")
@@ -188,8 +189,7 @@ def create_new_model(
         print(msgspec.json.encode({"model": model, "folder": str(folder), "files": files, "next": following}).decode())
         return
     console.print(f"made {folder}", highlight=False, soft_wrap=True, markup=False)
-    for number, command in enumerate(following):
-        console.print(f"{'next:' if number == 0 else '':<6}{command}", highlight=False, soft_wrap=True)
+    _say_next(following)
 
 
 @_command("check pets")
@@ -671,7 +671,7 @@ def erase(
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(done)).decode())
     else:
-        erasure.show(done, deployment, console)
+        erasure.show(done, console, deployment=deployment)
 
 
 @_command("redrive digits --queue prelabel --list")
@@ -753,6 +753,11 @@ def _say_takeover(outcome: Outcome, *, as_json: bool) -> None:
         print(msgspec.json.encode(outcome).decode())
     else:
         takeover.show(outcome, console)
+
+
+def _say_next(commands: list[str]) -> None:
+    for number, command in enumerate(commands):
+        console.print(f"{'next:' if number == 0 else '':<6}{command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _say(part: str, message: str, to: Console = console) -> None:

@@ -152,15 +152,14 @@ def save_meanwhile() -> None:
                 began = time.monotonic()
                 try:
                     state = get_state()
+                    if name == "lambda":  # or each batch of messages would have all layers written, some 90 MB
+                        for mapping in state["esms"]._data.values():
+                            mapping["LastProcessingResult"] = "No records processed"
+                    if state is not None and state != saved.get(name):
+                        save_state(name, state)
+                        saved[name] = state
                 except Exception:  # a thread changes it: the next round
                     logging.getLogger("persistence").exception("%s is not saved yet", name)
-                    continue
-                if name == "lambda":  # or each batch of messages would have all layers written, some 90 MB
-                    for mapping in state["esms"]._data.values():
-                        mapping["LastProcessingResult"] = "No records processed"
-                if state is not None and state != saved.get(name):
-                    save_state(name, state)
-                    saved[name] = state
                 took += time.monotonic() - began
                 await asyncio.sleep(0)
             await asyncio.sleep(max(SAVE_S, took * _SAVE_SHARE))

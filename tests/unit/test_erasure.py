@@ -419,7 +419,7 @@ def test_trials_that_were_given_the_image_are_named(trained: Stage) -> None:
     done = trained.erase("secret 1.png")
     assert done.trials == ["try-8-digits"]
     text = io.StringIO()
-    erasure.show(done, trained.deployment, Console(file=text, width=200))
+    erasure.show(done, Console(file=text, width=200), deployment=trained.deployment)
     assert "try-8-digits, a trial in MLflow, was given a snapshot with it" in text.getvalue()
 
 
@@ -467,7 +467,7 @@ def test_the_versions_that_learnt_from_it_are_told_and_which_did_not(trained: St
     learnt = {use.version for use in found.uses if use.split != "test"}
     assert [use.version for use in found.uses] == [2, 3]
     text = io.StringIO()
-    erasure.show(done, trained.deployment, Console(file=text, width=300))
+    erasure.show(done, Console(file=text, width=300), deployment=trained.deployment)
     assert f"{HASH}: version 2 was" in text.getvalue()
     assert "version 3 was trained on it" in text.getvalue()
     assert "a version that has learnt from an image is not changed by this" in text.getvalue()

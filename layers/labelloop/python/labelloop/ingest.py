@@ -25,6 +25,7 @@ from labelloop.dataset import position
 from labelloop.duplicates import Fingerprint, Groups, Membership, fingerprint
 from labelloop.errors import ImageError, LabelloopError, TooLargeError, UnknownModelError
 from labelloop.label_studio.client import LabelStudioClient
+from labelloop.label_studio.payloads import can_be_shown
 from labelloop.ledger import Ledger
 from labelloop.model_config import ModelConfig, ModelConfigs
 from labelloop.records import TaskRange, version_string
@@ -163,7 +164,7 @@ class Ingest:
     def _inspect(self, message: str, key: str) -> _Image | None:
         if not is_plain_key(key):
             raise ImageError("its key has an empty or dotted part, or a control character; give it another name")
-        if "?" in key:  # Label Studio takes what follows for an address's query
+        if not can_be_shown(key):
             raise ImageError("Label Studio cannot show an image with a ? in its key; give it another name")
         data = self._images.get(key, limit=imaging.MAX_BYTES)
         if data is None:

@@ -51,7 +51,7 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
     challenger, champion, comparison = evaluation.challenger, evaluation.champion, evaluation.comparison
     if champion_version is None:
         images = counted(len(evaluation.holdout), "holdout image")
-        measured = f"{METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {images}{_but(evaluation)}"
+        measured = f"{METRIC_TITLES[challenger.metric]} {challenger.value:.1%} on {images}{_untold(evaluation)}"
         return "promote", f"the first version: {measured}"
     if champion is None or champion.version != champion_version:
         compared = f"version {champion.version}" if champion else "no champion"
@@ -76,13 +76,13 @@ def judge(evaluation: Evaluation, champion_version: int | None) -> tuple[Verdict
     return verdict, reason
 
 
-def _but(evaluation: Evaluation) -> str:
+def _untold(evaluation: Evaluation) -> str:
     """The classes of which the holdout tells nothing, where there are any."""
-    untold = [name for name in evaluation.classes if name not in evaluation.challenger.per_class]
-    if not untold:
+    classes = [name for name in evaluation.classes if name not in evaluation.challenger.per_class]
+    if not classes:
         return ""
-    more = f" and {len(untold) - _NAMED} more" if len(untold) > _NAMED else ""
-    return f", which tell nothing of {', '.join(untold[:_NAMED])}{more}"
+    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
+    return f", which tell nothing of {', '.join(classes[:_NAMED])}{more}"
 
 
 def judge_live(running: Shadow, pairs: Sequence[ShadowPair]) -> tuple[Verdict, str, Comparison | None]:

@@ -198,6 +198,11 @@ def model_annotation_id(project: int, sha256: str) -> str:
     return f"{_BY_MODEL}{tail[:3]}-8{tail[3:6]}-{tail[6:18]}"
 
 
+def can_be_shown(name: str) -> bool:
+    """Whether Label Studio shows an image with this in its address: it takes what follows a ? for the address's query."""
+    return "?" not in name
+
+
 def image_address(data: Any, data_key: str) -> str:
     """The image's address in a task's data. Raises `ImageError` when there is none."""
     address = data.get(data_key) if isinstance(data, dict) else None
