@@ -150,14 +150,15 @@ class Deployment:
         """The labelloop command of these words for this stage, as a person types it."""
         return f"labelloop {words}{home_option(self.laptop.home) if self.laptop else f' --stage {self.stage}'}"
 
-    def backend(self, model: str) -> BackendAccess:
-        """The backend of a model. On the laptop its address differs from the stack's output, which names AWS.
-
-        Raises `NotSetUpError` when the model is not deployed.
-        """
+    def backend_url(self, model: str) -> str:
+        """Where a model's backend is. On the laptop its address differs from the stack's output, which names AWS."""
         api = self.laptop.api if self.laptop else self.outputs["ApiUrl"].rstrip("/")
+        return f"{api}/{model}"
+
+    def backend(self, model: str) -> BackendAccess:
+        """The backend of a model. Raises `NotSetUpError` when it is not deployed."""
         secret = self._secret(self.backend_secret(model), missing=f"{model} is not deployed yet; run: {self.deploy_command}")
-        return BackendAccess(url=f"{api}/{model}", user=secret["username"], password=secret["password"])
+        return BackendAccess(url=self.backend_url(model), user=secret["username"], password=secret["password"])
 
     def _secret(self, name: str, missing: str = "") -> dict[str, str]:
         """What a secret holds. `missing` says what it means that there is none."""

@@ -310,7 +310,8 @@ def status(
 
         live.run(live.Watch(deployment, folders), console, every)
         return
-    found = {folder.config.name: read_status(deployment, folder) for folder in folders}
+    with problems.status("asking AWS, Label Studio and MLflow"):
+        found = {folder.config.name: read_status(deployment, folder) for folder in folders}
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found[model] if model else found)).decode())
         return

@@ -40,7 +40,7 @@ from labelloop.records import (
 )
 from labelloop.wording import counted
 
-_TAKEOVERS = 3  # shown; --json has all
+_TAKEOVERS = _FAILURES = 3  # shown; --json has all
 _REASONS = 3  # versions whose verdict is explained
 _VERDICTS: dict[Verdict, str] = {
     "promote": "promote",
@@ -137,8 +137,9 @@ class Status(msgspec.Struct, kw_only=True):
     `auto_accept` is None, too, where config.yaml has no such section or nothing serves; `accept_from` is the certainty from
     which the champion accepts, None while none is precise enough.
 
-    `takeovers`: changes of the champion, the latest first. `left_out`: annotated tasks that the last snapshot could not use,
-    by reason, or those for whose sake a due training does not start. `progress`: of what is `running`.
+    `takeovers`: changes of the champion, the latest first. `last_failure`: of a training, if none has gone well since;
+    `failures`: all of them, the earliest first. `left_out`: annotated tasks that the last snapshot could not use, by reason, or
+    those for whose sake a due training does not start. `progress`: of what is `running`.
     """
 
     model: str
@@ -181,6 +182,7 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
     problems: list[str] = []
     try:
         work = _work(deployment, folder, champion, answers=answers)
+        problems += _deaf(deployment, model)
     except LabelloopError as error:
         problems.append(str(error))
     progress = training_job.progress(head.running, config, deployment.registry) if head.running else None
@@ -270,6 +272,14 @@ def _work(deployment: Deployment, folder: ModelFolder, champion: Champion | None
         acceptance=acceptance(tasks, folder.config, folder.label_config),
         auto_accept=auto_accept.summary(folder, champion.version, deployment.ledger, tasks) if champion else None,
     )
+
+
+def _deaf(deployment: Deployment, model: str) -> Iterator[str]:
+    """What is wrong where Label Studio tells nobody of annotations."""
+    hooks = deployment.label_studio.webhooks(deployment.ledger.project(model))
+    if not any(hook.is_active and hook.url == f"{deployment.backend_url(model)}/webhook" for hook in hooks):
+        again = deployment.command(f"setup-label-studio-project {model}")
+        yield f"Label Studio has no webhook that tells of annotations: trainings wait for the next look; run: {again}"
 
 
 def _review(deployment: Deployment, model: str) -> ReviewStatus:
@@ -396,8 +406,9 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
         yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
         yield "left out", f"{count:,} of the annotated tasks ({reason})", ""
-    for failed in status.failures:
-        yield "failed", f"{failed.job_name}, {moment(failed.ended_at or '?')}: {failed.reason}", "red"
+    for failed in status.failures[: -_FAILURES - 1 : -1]:
+        still = status.last_failure is not None and status.last_failure.job_name == failed.job_name  # none has gone well since
+        yield "failed", f"{failed.job_name}, {moment(failed.ended_at or '?')}: {failed.reason}", "red" if still else ""
     for problem in status.problems:
         yield "problem", problem, "yellow"
 

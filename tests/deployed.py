@@ -63,6 +63,7 @@ TIMING = Timing(
 class LabelStudio:
     """A project as the REST API shows it. `annotated`: tasks as exported; `predicted`: open tasks with a prediction."""
 
+    model: str
     tasks: int = 1797
     predicted: int = 0
     annotated: list[dict[str, Any]] = field(default_factory=list)
@@ -78,6 +79,8 @@ class LabelStudio:
         if address.path == "/api/projects/1/export":
             wanted = {int(number) for number in parse_qs(address.query)["ids[]"]}
             return Answer(body=[task for task in self.annotated if task["id"] in wanted])
+        if address.path == "/api/webhooks/":
+            return Answer(body=[{"id": 1, "url": f"{_API}/{self.model}/webhook", "is_active": True, "actions": []}])
         assert address.path == "/api/tasks"
         filters = {its["filter"]: its for its in json.loads(query["query"])["filters"]["items"]}
         if "filter:tasks:predictions_model_versions" in filters:
@@ -324,6 +327,7 @@ def _candidates(kind: str, found: list[list[Region]], classes: list[str]) -> lis
 
 STAGE = "dev"  # one that stages.yaml has
 _PARTS = ("state", "training", "serving")
+_API = "https://api/v1"
 _synthesize = cost.synthesize
 _templates: dict[str, dict[str, cost.Resource]] = {}
 
@@ -340,7 +344,7 @@ def _synthesized_once(models: ModelConfigs, names: Sequence[str], stage: str, fa
 def deployed(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """A stage in the emulator of the fixture `aws`, with a project and no version yet."""
     name = f"t{uuid.uuid4().hex[:10]}"
-    label_studio, services = LabelStudio(), Services()
+    label_studio, services = LabelStudio(folder.config.name), Services()
     boto3.client("s3").create_bucket(Bucket=name)
     ledger_table = new_ledger_table()
     with ExitStack() as stack:
@@ -358,6 +362,7 @@ def deployed(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
             for end in ends
         }
         outputs = {
+            "ApiUrl": f"{_API}/",
             "ArtifactsBucket": name,
             "LedgerTable": ledger_table,
             "MlflowTrackingUri": others.url,

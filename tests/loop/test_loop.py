@@ -211,6 +211,7 @@ def test_a_lost_promotion_event_heals_by_itself(loop: Loop, first_version: Promo
 def test_status_tells_what_a_person_asks(loop: Loop, first_version: Promotion) -> None:
     status = read_status(loop.deployment, loop.folder)
     assert status.annotations == loop.annotated
+    assert status.problems == []
     assert status.next_training is not None
     assert status.next_training.due_at > status.annotations
     assert [version.version for version in status.versions] == list(range(1, len(status.versions) + 1))

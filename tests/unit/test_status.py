@@ -12,11 +12,12 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from cli.status import Status, read_status, show
+from cli.status import FailedTraining, Status, _of_the_trainings, read_status, show
 from labelloop import artifacts
 from labelloop.artifacts import Bucket, Champions
 from labelloop.dataset import resolution
 from labelloop.errors import LabelStudioError
+from labelloop.label_studio.client import Webhook
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation
 from labelloop.ledger import Ledger
 from labelloop.model_config import AutoAccept, ModelFolder
@@ -50,6 +51,10 @@ class LabelStudio:
     annotated: list[AnnotatedTask] = field(default_factory=list)
     down: bool = False
     asked: list[str] = field(default_factory=list)
+    hooks: list[Webhook] = field(default_factory=lambda: [Webhook(1, "http://api/digits/webhook", is_active=True, actions=[])])
+
+    def webhooks(self, project: int) -> list[Webhook]:
+        return self.hooks
 
     def counts(self, project: int) -> dict[str, int]:
         self._ask("counts")
@@ -81,7 +86,12 @@ class Stage:
 
     def status(self) -> Status:
         deployment = SimpleNamespace(
-            stage="local", ledger=self.ledger, champions=Champions(self.bucket), label_studio=self.label_studio
+            stage="local",
+            ledger=self.ledger,
+            champions=Champions(self.bucket),
+            label_studio=self.label_studio,
+            backend_url=lambda model: f"http://api/{model}",
+            command=lambda words: f"labelloop {words}",
         )
         return read_status(cast(Any, deployment), self.folder)
 
@@ -310,6 +320,21 @@ def test_a_label_studio_that_is_down_costs_only_its_own_figures(busy: Stage) -> 
     assert any(line.startswith("problem") for line in said(status))
 
 
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        [],
+        [Webhook(1, "http://api/digits/webhook", is_active=False, actions=[])],
+        [Webhook(1, "http://elsewhere/digits/webhook", is_active=True, actions=[])],
+    ],
+)
+def test_a_label_studio_that_tells_nothing_of_annotations_is_a_problem(stage: Stage, hooks: list[Webhook]) -> None:
+    assert stage.status().problems == []
+    stage.label_studio.hooks = hooks
+    (problem,) = stage.status().problems
+    assert problem.endswith("run: labelloop setup-label-studio-project digits")
+
+
 def test_a_training_that_is_due_by_the_count_alone_says_what_is_left_out(stage: Stage) -> None:
     stage.label_studio.annotated = [examples.annotated_task(number, "1") for number in range(100)]
     assert "next training  at the next look (100 annotations, due at 100)" in stripped(stage)
@@ -333,6 +358,16 @@ def test_a_training_that_failed_with_as_many_annotations_is_not_said_to_come(sta
     assert any("job-1 failed with as many annotations" in line for line in stripped(stage))
     stage.label_studio.annotated.pop()
     assert "next training  at the next look (500 annotations, due at 100)" in stripped(stage)
+
+
+def test_of_the_failed_trainings_the_last_are_shown_and_all_are_told(stage: Stage) -> None:
+    failures = [
+        FailedTraining(job_name=f"job-{number}", annotations=100, ended_at=NOON, reason=f"why {number}") for number in range(5)
+    ]
+    last = Failure(digest="d", n_annotations=100, job_name="job-4", reason="why 4", ended_at=NOON, consecutive=1)
+    status = msgspec.structs.replace(stage.status(), failures=failures, last_failure=last)
+    shown = [fact for fact in _of_the_trainings(status) if fact[0] == "failed"]
+    assert [(text.rpartition(": ")[2], colour) for _, text, colour in shown] == [("why 4", "red"), ("why 3", ""), ("why 2", "")]
 
 
 def test_json_holds_all_of_it(busy: Stage) -> None:
