@@ -23,10 +23,11 @@ from labelloop.errors import LabelloopError, SettingsError
 from labelloop.model_config import ModelConfig
 from labelloop.records import ModelCard
 from labelloop.settings import Settings
-from training_jobs.dataset import Examples, demand_room
+from training_jobs.dataset import Examples, Pixels, demand_room
 
 # The first rank decodes, exports and measures while the others wait. One that ends is noticed at once, by its connections.
 _PATIENCE = timedelta(days=5)
+_known: list[Pixels] = []  # the images that the others have mapped, as the out-of-fold models of a training learn from the same
 
 
 def rank() -> int:
@@ -82,20 +83,27 @@ def share(fit: Shared) -> None:
     """Have the others train along; nothing for one of them, or alone. Raises `StorageError` where the disk is too full."""
     if count() == 1 or rank() > 0:
         return
+    told = fit._replace(train=replace(fit.train, mapped=fit.train.mapped[:0]))
+    if any(fit.train.mapped is known for known in _known):
+        _broadcast((told, None))
+        return
     demand_room(fit.train.mapped.nbytes, Path(tempfile.gettempdir()), "training images, a copy for the other GPUs, take")
     with tempfile.NamedTemporaryFile(suffix=".npy") as file:
         np.save(file, fit.train.mapped)
         file.flush()
-        _broadcast((fit._replace(train=replace(fit.train, mapped=fit.train.mapped[:0])), Path(file.name)))
+        _broadcast((told, Path(file.name)))
         any_of(flag=False)  # everyone has opened it
+    _known[:] = [fit.train.mapped]
 
 
 def shared() -> Iterator[Shared]:
     """What the first rank trains, one after the other, until its job is done."""
+    pixels: Pixels = np.empty(0, np.uint8)
     while (sent := _broadcast(None)) is not None:
         fit, file = sent
-        pixels = np.load(file, mmap_mode="r")
-        any_of(flag=False)
+        if file:
+            pixels = np.load(file, mmap_mode="r")
+            any_of(flag=False)
         yield fit._replace(train=replace(fit.train, mapped=pixels))
 
 
@@ -138,8 +146,11 @@ def any_of(*, flag: bool) -> bool:
     return bool(flags)
 
 
-def _broadcast(sent: tuple[Shared, Path] | None) -> tuple[Shared, Path] | None:
-    """The first rank's: a fit without its pixels, which may be larger than memory, and the file that everyone maps them from."""
+def _broadcast(sent: tuple[Shared, Path | None] | None) -> tuple[Shared, Path | None] | None:
+    """The first rank's: a fit without its pixels, which may be larger than memory, and the file that everyone maps them from.
+
+    Without a file they are those of before.
+    """
     box = [sent]
     with _company():
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))

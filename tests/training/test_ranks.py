@@ -178,3 +178,21 @@ def test_a_disk_without_room_for_the_other_ranks_images_is_said_so_with_the_reme
     images = Examples([], np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (2_000, 320, 320, 1), (0, 0, 0, 0)))
     with pytest.raises(StorageError, match=r"take 0\.2 GB, 0\.1 GB are free in .*; raise training\.volume_gb"):
         ranks.share(ranks.Shared(images, DIGITS, model_card(), tmp_path / "checkpoint.pt"))
+
+
+def test_images_are_copied_for_the_other_ranks_once_however_many_models_learn_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def broadcast(sent: tuple[ranks.Shared, Path | None]) -> None:
+        given.append(sent[1] and np.load(sent[1]))
+
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "any_of", lambda *, flag: flag)
+    monkeypatch.setattr(ranks, "_broadcast", broadcast)
+    rows: list[Any] = [None] * 4
+    one, other = (Examples(rows, np.full((4, 8, 8, 1), value, np.uint8)) for value in (1, 2))
+    for examples in (one, one.part([0, 2]), one.part([1]), other):
+        ranks.share(ranks.Shared(examples, DIGITS, model_card(), tmp_path / "checkpoint.pt"))
+    assert [None if pixels is None else pixels.max() for pixels in given] == [1, None, None, 2]
