@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from labelloop import aws
 from labelloop.artifacts import Bucket
-from labelloop.errors import LabelloopError, NotSetUpError, ServiceError, UnknownModelError
+from labelloop.errors import LabelloopError, LateError, NotSetUpError, ServiceError, UnknownModelError
 from labelloop.label_studio.client import connect
 from labelloop.launcher import Launcher
 from labelloop.ledger import Ledger
@@ -82,6 +82,9 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
                 reconciler().answer(model, request, outcome)
         except (NotSetUpError, UnknownModelError) as error:  # asking again helps nobody: the schedule looks once it is set up
             log.warning("refused", model=model, reason=str(error), error=type(error).__name__)
+        except LateError as error:  # nothing has failed, and no alarm should ring
+            log.info("goes on", model=model, reason=str(error))
+            failed.update(message for message, _ in signals)
         except LabelloopError as error:
             log.error("not reconciled", model=model, reason=str(error), error=type(error).__name__)
             failed.update(message for message, _ in signals)

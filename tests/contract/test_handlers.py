@@ -17,7 +17,7 @@ import pytest
 from labelloop import artifacts
 from labelloop.acceptance import Acceptance
 from labelloop.artifacts import Bucket, Champions
-from labelloop.errors import ConflictError, LabelStudioError, NotSetUpError, UnknownModelError
+from labelloop.errors import ConflictError, LabelStudioError, LateError, NotSetUpError, UnknownModelError
 from labelloop.ledger import Ledger
 from labelloop.prelabel import Prelabelled
 from labelloop.records import Drift
@@ -141,6 +141,12 @@ def test_only_the_messages_of_the_model_that_failed_come_again(monkeypatch: pyte
     reconciler = Reconciler(faces=LabelStudioError("down"))
     assert retrain(monkeypatch, reconciler, signal("digits"), signal("faces"), signal("faces")) == ["m1", "m2"]
     assert len(reconciler.asked) == 2
+
+
+def test_a_reading_that_goes_on_later_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    reconciler = Reconciler(digits=LateError("400,000 of 500,000 annotated tasks read, the next look goes on"))
+    assert retrain(monkeypatch, reconciler, signal("digits")) == ["m0"]
+    assert [json.loads(line)["level"] for line in capsys.readouterr().out.splitlines()] == ["INFO"]
 
 
 def test_an_error_that_nobody_foresaw_takes_no_other_models_messages_along(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from labelloop import artifacts, snapshot_index
 from labelloop.acceptance import Acceptance
 from labelloop.dataset import row_of
-from labelloop.errors import LabelStudioError, ServiceError, StorageError
+from labelloop.errors import LabelStudioError, LateError, StorageError
 from labelloop.label_studio.payloads import AnnotatedTask, Annotation, model_annotation_id
 from labelloop.model_config import Splits
 from labelloop.records import ManifestRow, Snapshot
@@ -123,7 +123,7 @@ def test_reading_what_is_new_gives_the_same_as_reading_all(batches: list[dict[in
 def test_a_reading_in_pieces_gives_the_same(order: list[int], contents: list[int]) -> None:
     model = Model(*(annotated_task(n, content=str(contents[n % len(contents)])) for n in order))
     for _ in range(3):
-        with pytest.raises(ServiceError, match="the next look goes on"):
+        with pytest.raises(LateError, match="the next look goes on"):
             model.look(seconds=-1)
     assert model.look() == model.full
     assert model.label_studio.read == [], "three pages of three"
@@ -252,7 +252,7 @@ def test_without_an_end_of_annotating_there_is_a_snapshot() -> None:
 def test_constant_deletions_do_not_have_a_long_reading_begin_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(*tasks(*range(1, 13)))
     for _ in range(4):
-        with pytest.raises(ServiceError, match="the next look goes on"):
+        with pytest.raises(LateError, match="the next look goes on"):
             model.look(seconds=-1)
         model.label_studio.annotated.pop(0)
     assert model.look()[0].n_annotations == 12, "four have gone since they were read"

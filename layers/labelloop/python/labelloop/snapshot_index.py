@@ -30,7 +30,7 @@ from labelloop import artifacts
 from labelloop.acceptance import NONE_SEEN, Acceptance, acceptance
 from labelloop.artifacts import Bucket
 from labelloop.dataset import row_of
-from labelloop.errors import ConflictError, LabelloopError, ServiceError, StorageError
+from labelloop.errors import ConflictError, LabelloopError, LateError, StorageError
 from labelloop.label_studio.client import LabelStudioClient, Tally
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask
@@ -123,7 +123,7 @@ class SnapshotIndex:
         """Read what has changed in Label Studio, or everything where the counts say that the index is not what is there.
 
         Whether it is now: an index that took several looks is not built anew within the hour, though tasks may have gone. Raises
-        `LabelStudioError`, and `ServiceError` when it is not done after `seconds`: the next call goes on where it stopped.
+        `LabelStudioError`, and `LateError` when it is not done after `seconds`: the next call goes on where it stopped.
         """
         until = time.monotonic() + seconds
         since, begun, _ = self._progress
@@ -166,7 +166,7 @@ class SnapshotIndex:
                     if since is None
                     else "a part of what is new"
                 )
-                raise ServiceError(f"{read} read, the next look goes on")
+                raise LateError(f"{read} read, the next look goes on")
         self._database.execute("UPDATE progress SET since = ?, begun = NULL, after = 0", (begun or None,))
 
     def _count_accepted(self, tasks: list[AnnotatedTask]) -> None:
