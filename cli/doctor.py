@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.deployment import BackendAccess, Deployment
-from cli.label_studio_project import CONNECTED, QUEUE_TAB, ModelProject, differences, label_studio_errors
+from cli.label_studio_project import QUEUE_TAB, ModelProject, differences, label_studio_errors
 from labelloop import imaging
 from labelloop.errors import LabelloopError, LabelStudioError
-from labelloop.label_studio.client import KnownTask
+from labelloop.label_studio.client import CONNECTED, KnownTask
 from labelloop.model_config import ModelFolder
 from labelloop.records import version_string
 

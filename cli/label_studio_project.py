@@ -34,12 +34,12 @@ from label_studio_sdk.core.parse_error import ParsingError
 from cli.deployment import Deployment
 from labelloop.artifacts import s3_uri
 from labelloop.errors import ConfigError, LabelStudioError, NotSetUpError
+from labelloop.label_studio.client import CONNECTED
 from labelloop.model_config import ModelFolder
 from labelloop.records import version_string
 
 WEBHOOK_ACTIONS = ["ANNOTATION_CREATED", "ANNOTATION_UPDATED", "ANNOTATIONS_CREATED", "ANNOTATIONS_DELETED"]
 STORAGE_TITLE = "labelloop images"
-CONNECTED = "CO"
 QUEUE_TAB = "Queue"
 FIRST_TAB = "Default"  # what Label Studio shows by itself as long as a project has no tab
 _PRESIGN_MINUTES = 60

@@ -20,6 +20,7 @@ from labelloop.acceptance import Acceptance, acceptance
 from labelloop.auto_accept import AutoAcceptState
 from labelloop.dataset import resolution
 from labelloop.errors import LabelloopError, NotSetUpError
+from labelloop.label_studio.client import CONNECTED
 from labelloop.model_config import ModelFolder
 from labelloop.policy import decide
 from labelloop.promotion import judge_live
@@ -182,7 +183,7 @@ def read_status(deployment: Deployment, folder: ModelFolder, *, answers: bool = 
     problems: list[str] = []
     try:
         work = _work(deployment, folder, champion, answers=answers)
-        problems += _deaf(deployment, model)
+        problems += _cut_off(deployment, model, backend=answers)
     except LabelloopError as error:
         problems.append(str(error))
     progress = training_job.progress(head.running, config, deployment.registry) if head.running else None
@@ -274,12 +275,14 @@ def _work(deployment: Deployment, folder: ModelFolder, champion: Champion | None
     )
 
 
-def _deaf(deployment: Deployment, model: str) -> Iterator[str]:
-    """What is wrong where Label Studio tells nobody of annotations."""
-    hooks = deployment.label_studio.webhooks(deployment.ledger.project(model))
-    if not any(hook.is_active and hook.url == f"{deployment.backend_url(model)}/webhook" for hook in hooks):
-        again = deployment.command(f"setup-label-studio-project {model}")
+def _cut_off(deployment: Deployment, model: str, *, backend: bool) -> Iterator[str]:
+    """What is wrong between Label Studio and the model; `backend`: have it try whether it reaches that."""
+    label_studio, project = deployment.label_studio, deployment.ledger.project(model)
+    url, again = deployment.backend_url(model), deployment.command(f"setup-label-studio-project {model}")
+    if not any(hook.is_active and hook.url == f"{url}/webhook" for hook in label_studio.webhooks(project)):
         yield f"Label Studio has no webhook that tells of annotations: trainings wait for the next look; run: {again}"
+    if backend and not any(its["url"] == url and its["state"] == CONNECTED for its in label_studio.backends(project)):
+        yield f"Label Studio has no ML backend that answers: it asks for no predictions; run: {again}, then with --check"
 
 
 def _review(deployment: Deployment, model: str) -> ReviewStatus:

@@ -79,6 +79,8 @@ class LabelStudio:
         if address.path == "/api/projects/1/export":
             wanted = {int(number) for number in parse_qs(address.query)["ids[]"]}
             return Answer(body=[task for task in self.annotated if task["id"] in wanted])
+        if address.path == "/api/ml":
+            return Answer(body=[{"url": f"{_API}/{self.model}", "state": "CO"}])
         if address.path == "/api/webhooks/":
             return Answer(body=[{"id": 1, "url": f"{_API}/{self.model}/webhook", "is_active": True, "actions": []}])
         assert address.path == "/api/tasks"

@@ -53,8 +53,13 @@ class LabelStudio:
     asked: list[str] = field(default_factory=list)
     hooks: list[Webhook] = field(default_factory=lambda: [Webhook(1, "http://api/digits/webhook", is_active=True, actions=[])])
 
+    backend: dict[str, Any] = field(default_factory=lambda: {"url": "http://api/digits", "state": "CO"})
+
     def webhooks(self, project: int) -> list[Webhook]:
         return self.hooks
+
+    def backends(self, project: int) -> list[dict[str, Any]]:
+        return [self.backend]
 
     def counts(self, project: int) -> dict[str, int]:
         self._ask("counts")
@@ -333,6 +338,13 @@ def test_a_label_studio_that_tells_nothing_of_annotations_is_a_problem(stage: St
     stage.label_studio.hooks = hooks
     (problem,) = stage.status().problems
     assert problem.endswith("run: labelloop setup-label-studio-project digits")
+
+
+@pytest.mark.parametrize("backend", [{"url": "http://api/digits", "state": "ER"}, {"url": "http://api/faces", "state": "CO"}])
+def test_a_backend_that_label_studio_does_not_get_into_is_a_problem(stage: Stage, backend: dict[str, Any]) -> None:
+    stage.label_studio.backend = backend
+    (problem,) = stage.status().problems
+    assert "labelloop setup-label-studio-project digits" in problem
 
 
 def test_a_training_that_is_due_by_the_count_alone_says_what_is_left_out(stage: Stage) -> None:

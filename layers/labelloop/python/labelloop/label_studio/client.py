@@ -23,6 +23,7 @@ from labelloop.errors import LabelStudioError, TooLargeError
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
 from labelloop.settings import Settings
 
+CONNECTED = "CO"  # state of a backend that Label Studio gets into
 _TIMEOUT = urllib3.Timeout(connect=3, read=30)  # s
 _EXPORT_TIMEOUT = urllib3.Timeout(connect=3, read=100)  # s; Label Studio writes a file first
 # A POST is repeated only where the connection was never made: Label Studio's are not idempotent.
