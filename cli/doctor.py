@@ -24,7 +24,7 @@ from cli.label_studio_project import QUEUE_TAB, ModelProject, differences, label
 from labelloop import imaging
 from labelloop.errors import LabelloopError, LabelStudioError
 from labelloop.label_studio.client import CONNECTED, KnownTask
-from labelloop.model_config import ModelFolder
+from labelloop.model_config import ModelFolder, config_digest
 from labelloop.records import version_string
 
 State = Literal["pass", "fail", "not checked"]
@@ -82,6 +82,7 @@ class _Examination:
         self._check("ML backend", self._backend, "project")
         self._check("health", self._health)
         self._check("setup", self._setup, "health")
+        self._check("config", self._config, "health")
         self._check("door", self._door, "health")
         self._check("sign-in", self._sign_in, "ML backend", "setup")
         self._check("CORS", self._cors)
@@ -240,6 +241,17 @@ class _Examination:
             f"takes {seconds:.1f} s, and Label Studio gives it {SETUP_SECONDS:.0f} s; give predict more serving.memory_mb"
         )
 
+    def _config(self) -> str:
+        answer, _ = self._timed("GET", "versions")
+        if answer.status != 200:
+            raise _Failed(f"{self._access.url}/versions answers {answer.status}; {self._remedy(answer.status)}")
+        if answer.json().get("config") != config_digest(self._folder.config, self._folder.label_config):
+            raise _Failed(
+                f"the stage goes by another config.yaml or labeling_template.xml than {self._folder.folder} has; deploy again: "
+                f"{self._deploy}"
+            )
+        return "the stage goes by this config.yaml and labeling_template.xml"
+
     def _door(self) -> str:
         for password in (None, secrets.token_urlsafe(8)):
             basic = urllib3.make_headers(basic_auth=f"{self._model}:{password}") if password else {}
@@ -311,6 +323,12 @@ class _Examination:
         """Load an image as a browser does: asked at Label Studio, sent on to S3, with the page's origin."""
         if self._task is None:
             return f"there is none yet; {self._deployment.command(f'upload-images {self._model} FOLDER')}"
+        if not self._task.image:
+            key = self._folder.label_config.data_key
+            raise _Failed(
+                f"task {self._task.id} has no image under {key!r}, which labeling_template.xml shows: let <Image value> name the "
+                f"key that tasks have, deploy again ({self._deploy}), and run: {self._set_up}"
+            )
         presigned = self._deployment.label_studio.presigned_address(f"tasks/{self._task.id}", self._task.image)
         remedy = "is S3 reachable from here?"
         answer = self._ask("GET", presigned, _PATIENCE, remedy, {"Origin": self._origin})

@@ -10,6 +10,7 @@ import json
 import struct
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,7 +77,9 @@ def sha256(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
-def brightness_model(model: str = "digits", *, sharpness: float = 0.01, card: bool = True) -> bytes:
+def brightness_model(
+    model: str = "digits", *, sharpness: float = 0.01, card: bool = True, classes: Sequence[str] = "0123456789"
+) -> bytes:
     """An ONNX file of labelloop's form that tells ten classes by the mean brightness alone, which is the embedding, too."""
     centres = np.array([[grey(digit) for digit in range(10)]], dtype=np.float32)
     graph = helper.make_graph(
@@ -104,7 +107,8 @@ def brightness_model(model: str = "digits", *, sharpness: float = 0.01, card: bo
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     if card:
-        helper.set_model_props(made, {"labelloop": msgspec.json.encode(model_card(model)).decode()})
+        its = msgspec.structs.replace(model_card(model), classes=list(classes))
+        helper.set_model_props(made, {"labelloop": msgspec.json.encode(its).decode()})
     onnx.checker.check_model(made)
     return bytes(made.SerializeToString())
 

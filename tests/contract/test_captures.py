@@ -71,7 +71,8 @@ def test_setup(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, capture in BACKEND.items() if route(capture) == "versions"])
 def test_versions(backend: Backend, name: str) -> None:
     assert BACKEND[name]["method"] == "GET"
-    assert backend.ask("GET", "versions", BACKEND[name]["body"]) == (200, {"versions": ["digits v1"]})
+    status, answer = backend.ask("GET", "versions", BACKEND[name]["body"])
+    assert (status, answer["versions"]) == (200, ["digits v1"])
 
 
 @pytest.mark.parametrize("name", [name for name, capture in BACKEND.items() if route(capture) == "health"])

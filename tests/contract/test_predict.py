@@ -434,7 +434,8 @@ def test_a_label_studio_that_fails_spoils_only_its_own_images(backend: Backend) 
 
 def test_before_the_first_model_nothing_is_predicted_and_nothing_is_null(empty_backend: Backend) -> None:
     assert empty_backend.setup() == (200, {"model_version": "digits v0"})
-    assert empty_backend.ask("GET", "versions") == (200, {"versions": ["digits v0"]})
+    status, answer = empty_backend.ask("GET", "versions")
+    assert (status, answer["versions"]) == (200, ["digits v0"])
     address = empty_backend.put_image("a.png", png(1))
     status, answer = empty_backend.predict(task(address), task(address))
     assert status == 200
@@ -470,6 +471,15 @@ def test_a_promotion_and_a_rollback_are_served_within_seconds(backend: Backend, 
     clock[0] += POINTER_SECONDS
     assert serving() == "digits v1"
     assert POINTER_SECONDS <= 5
+
+
+def test_a_class_that_the_config_no_longer_has_is_not_shown(backend: Backend) -> None:
+    """Label Studio's editor shows nothing of it, and would submit it."""
+    backend.promote(2, brightness_model(classes=[*"012", "three", *"456789"]))
+    _, answer = backend.predict(*(task(backend.put_image(f"{digit}.png", png(digit))) for digit in (3, 4)))
+    gone, known = answer["results"]
+    assert (gone["result"], known["result"][0]["value"]) == ([], {"choices": ["4"]})
+    assert gone["score"] > 0
 
 
 def test_the_first_model_is_served_without_a_restart(empty_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

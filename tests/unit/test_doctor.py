@@ -29,7 +29,7 @@ from cli.label_studio_project import set_up_project
 from labelloop.artifacts import Bucket, Champions
 from labelloop.errors import ConfigError, LabelStudioError, NotSetUpError
 from labelloop.ledger import Ledger
-from labelloop.model_config import ModelFolder
+from labelloop.model_config import ModelFolder, config_digest
 from local.environment import aws_environment
 from local.stack import Addresses
 from tests import examples
@@ -120,6 +120,7 @@ class Backend:
     status: dict[str, int] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=lambda: {"result": [], "score": 0.5})
     lets_everybody_in: bool = False
+    config: str = ""
 
     def __call__(self, request: Request) -> Answer:
         route = request.path.rsplit("/", 1)[-1]
@@ -130,7 +131,8 @@ class Backend:
             return Answer(403)
         if self.late.get(route):
             time.sleep(self.late[route].pop(0))
-        return Answer(self.status.get(route, 200), {"results": [self.result]} if route == "predict" else {})
+        body = {"predict": {"results": [self.result]}, "versions": {"versions": [], "config": self.config}}.get(route, {})
+        return Answer(self.status.get(route, 200), body)
 
 
 def authorization(password: str) -> str:
@@ -209,7 +211,10 @@ def stage(
         }
         assert keys["AWS_ACCESS_KEY_ID"]
         try:
-            yield Stage(_deployment(laptop, outputs), model_folder(tmp_path, problem_type), label_studio, backend, images)
+            folder = model_folder(tmp_path, problem_type)
+            deployed = ModelFolder(folder.folder)  # a folder keeps what it has read, and tests change its files
+            backend.config = config_digest(deployed.config, deployed.label_config)
+            yield Stage(_deployment(laptop, outputs), folder, label_studio, backend, images)
         finally:
             for name in known:
                 secrets.delete_secret(SecretId=name, ForceDeleteWithoutRecovery=True)
@@ -373,6 +378,17 @@ def test_a_backend_that_fails_is_told_with_a_remedy(set_up: Stage, status: int, 
     assert remedy in failing["setup"]
 
 
+def test_a_config_that_is_not_deployed_is_told(set_up: Stage) -> None:
+    """Set up with a class more, and never deployed: annotations of that class would be left out of training."""
+    for file in (set_up.folder.folder / name for name in ("config.yaml", "labeling_template.xml")):
+        file.write_text(file.read_text().replace("- Dog", "- Dog\n- Cow").replace('"Dog"/>', '"Dog"/><Choice value="Cow"/>'))
+    changed = replace(set_up.again(), folder=ModelFolder(set_up.folder.folder))
+    set_up_project(changed.deployment, changed.folder)
+    failing = changed.failing()
+    assert list(failing) == ["config"]
+    assert "labelloop up" in failing["config"]
+
+
 def test_a_door_that_stands_open_is_told(set_up: Stage) -> None:
     set_up.backend.lets_everybody_in = True
     assert "answers 200 to no password" in set_up.failing()["door"]
@@ -485,3 +501,9 @@ def test_a_promotion_since_the_last_set_up_is_told_where_label_studio_missed_it(
     changes = set_up_project(set_up.deployment, set_up.folder).changes
     assert changes[0].endswith("/pets: title")
     assert changes[1:] == ["the project shows the predictions of pets v2"]
+
+
+def test_a_task_without_an_image_under_the_templates_key_is_told(set_up: Stage) -> None:
+    add_task(set_up)
+    set_up.label_studio.tasks[0]["data"] = {"photo": set_up.label_studio.tasks[0]["data"]["image"]}
+    assert "no image under 'image'" in set_up.failing()["image"]

@@ -31,6 +31,7 @@ class FakeLauncher:
     states: dict[str, JobState] = field(default_factory=dict)
     started: list[tuple[Job, Champion | None]] = field(default_factory=list)
     down: bool = False
+    code: str = "s3://code/1.zip"
     lock: Any = field(default_factory=Lock)
 
     def start(self, config: ModelConfig, job: Job, champion: Champion | None) -> None:
@@ -410,6 +411,17 @@ def test_what_the_gate_had_to_refuse_has_trained_nothing(loop: Loop) -> None:
     again = loop.look(asked=True).started
     assert again is not None
     assert again != first
+
+
+def test_who_asks_trains_the_same_annotations_again_once_config_or_code_have_changed(loop: Loop) -> None:
+    loop.train(100)
+    first = loop.launcher.job.job_name
+    loop.launcher.code = "s3://code/2.zip"
+    again = loop.look(asked=True).started
+    assert again == first.removesuffix("1") + "2", "another attempt at the same snapshot"
+    loop.launcher.end("Completed")
+    loop.decide(2)
+    assert loop.look(asked=True) == Outcome(None, f"{again} has trained the same annotations")
 
 
 def test_a_corrected_label_is_something_new(loop: Loop) -> None:

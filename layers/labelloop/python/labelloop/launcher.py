@@ -72,6 +72,11 @@ class Launcher:
         self._settings = settings
         self._client = client or aws.client("sagemaker", read_timeout=20)
 
+    @property
+    def code(self) -> str:
+        """Address of what jobs run: the training code with the configs and networks. Other content has another one."""
+        return self._settings.training_code
+
     def start(self, config: ModelConfig, job: Job, champion: Champion | None) -> None:
         """Start a job on the first type of instance that the account has a quota for; that it was started already is fine."""
         refused: ClientError | None = None

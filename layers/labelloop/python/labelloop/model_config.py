@@ -5,6 +5,7 @@ The schema is closed: an unknown key, a wrong type or a contradiction is a `Conf
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -408,6 +409,11 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key stands twice")  # YAML's reader says which
     return found
+
+
+def config_digest(config: ModelConfig, label_config: LabelConfig) -> str:
+    """SHA-256 of all that config.yaml says, and that functions read of labeling_template.xml."""
+    return hashlib.sha256(msgspec.json.encode((config, label_config))).hexdigest()
 
 
 def schema() -> dict[str, Any]:

@@ -48,7 +48,7 @@ from labelloop.label_studio.payloads import (
     SetupRequest,
     image_address,
 )
-from labelloop.model_config import ModelConfigs, ModelFolder
+from labelloop.model_config import ModelConfigs, ModelFolder, config_digest
 from labelloop.records import Champion, ModelCard, Region, version_string
 
 if TYPE_CHECKING:
@@ -311,8 +311,9 @@ class Predictor:
         return {"model_version": version_string(model, champion.version if champion else None)}
 
     def versions(self, model: str) -> dict[str, Any]:
-        """Answer of `GET versions`: the version that serves."""
-        return {"versions": [self.setup(model, b"{}")["model_version"]]}
+        """Answer of `GET versions`: the version that serves, and by which config it does."""
+        serves, folder = self.setup(model, b"{}")["model_version"], self._configs[model]
+        return {"versions": [serves], "config": config_digest(folder.config, folder.label_config)}
 
     def predict(self, model: str, body: bytes, *, seconds: float) -> PredictResponse:
         """Answer of `POST predict`, within so many `seconds`: an entry for each task; one without a prediction says why.
@@ -421,10 +422,11 @@ def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, c
     pixels, size = onnx.decode(data)
     candidates, embedding = onnx.examine(pixels)
     regions = problem_type.prompted(context, candidates) if context else None
-    if regions is not None:  # the tool may name any class
-        regions = [region for region in regions if region.label in onnx.card.classes]
-    else:
+    if regions is None:
         regions = problem_type.chosen(candidates, onnx.card)
+    # The tool may name any class, and a version one that is offered no more: an editor would submit it unseen.
+    known = set(onnx.card.classes) & set(folder.config.classes)
+    regions = [region for region in regions if region.label in known]
     result = problem_type.result(regions, folder.label_config, size)
     certainty = problem_type.certainty(candidates, onnx.card)
     group = task.group or hashlib.sha256(data).hexdigest()

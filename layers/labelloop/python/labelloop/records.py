@@ -327,6 +327,7 @@ class Job(Record, frozen=True, kw_only=True):
     snapshot: Snapshot
     champion_version: int | None
     shortages: int = 0  # attempts on this snapshot that AWS had no machine for
+    code: str = ""  # address of the training code, configs and networks; other content has another one
 
 
 class Trained(Record, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ from labelloop.errors import ConflictError
 from labelloop.label_studio.client import LabelStudioClient
 from labelloop.launcher import Launcher, job_name
 from labelloop.ledger import Ledger
-from labelloop.model_config import ModelConfigs, ModelFolder
+from labelloop.model_config import ModelConfigs, ModelFolder, config_digest
 from labelloop.policy import Decision, decide
 from labelloop.promotion import judge_live
 from labelloop.records import (
@@ -208,7 +208,7 @@ class Reconciler:
             tasks=tally.tasks,
             annotations=tally.annotations,
             changed_at=tally.changed_at,
-            made_with=f"{snapshot_index.FORMAT}/{snapshot_index.rules(folder.config, folder.label_config)}",
+            made_with=f"{snapshot_index.FORMAT}/{config_digest(folder.config, folder.label_config)}",
         )
         known = head.nothing_new
         if known and known.annotated == annotated and not asked:  # what there is need not be read to know it
@@ -238,7 +238,9 @@ class Reconciler:
             left_out = LeftOut(annotated=annotated, usable=snapshot.n_annotations, reasons=reasons)
             return Outcome(None, f"{decision.reason}; left out: {reasons}", left_out=left_out)
         tries = [training for training in self._ledger.trainings(model) if training.job.digest == snapshot.digest]
-        trained = next((one.job.job_name for one in tries if self._has_trained(one)), None)
+        # Who asks may have changed the config since; nobody else's look trains the same again.
+        alike = [one for one in tries if not asked or one.job.code == self._launcher.code]
+        trained = next((one.job.job_name for one in alike if self._has_trained(one)), None)
         if trained is not None:  # perhaps not the last: a label may be changed and changed back
             return Outcome(None, f"{trained} has trained the same annotations")
         failure = head.failure
@@ -256,6 +258,7 @@ class Reconciler:
             snapshot=snapshot,
             champion_version=champion.version if champion else None,
             shortages=sum(training.no_machine for training in tries),
+            code=self._launcher.code,
         )
         self._ledger.claim(head, job)
         self._launcher.start(folder.config, job, champion)

@@ -34,7 +34,7 @@ from labelloop.errors import ConflictError, LabelloopError, LateError, StorageEr
 from labelloop.label_studio.client import LabelStudioClient, Tally
 from labelloop.label_studio.label_config import LabelConfig
 from labelloop.label_studio.payloads import AnnotatedTask
-from labelloop.model_config import ModelConfig, ModelFolder
+from labelloop.model_config import ModelConfig, ModelFolder, config_digest
 from labelloop.records import ManifestRow, Snapshot, Split
 from labelloop.wording import counted
 
@@ -105,7 +105,7 @@ class SnapshotIndex:
         """Whether the file is an index of this project, in this format and with this configuration."""
         if self._database.execute("PRAGMA user_version").fetchone() != (FORMAT,):
             return False
-        made_with = rules(self._config, self._label_config)
+        made_with = config_digest(self._config, self._label_config)
         return bool(self._database.execute("SELECT project, config FROM progress").fetchone() == (self._project, made_with))
 
     def clear(self) -> None:
@@ -113,7 +113,7 @@ class SnapshotIndex:
         self._database.executescript(
             f"DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS figures; DROP TABLE IF EXISTS progress; {_TABLES}"
         )
-        made_with = rules(self._config, self._label_config)
+        made_with = config_digest(self._config, self._label_config)
         self._database.execute("INSERT INTO progress (project, config) VALUES (?, ?)", (self._project, made_with))
         self._database.execute(f"PRAGMA user_version={FORMAT}")
 
@@ -300,11 +300,6 @@ class SnapshotIndex:
                 parts[content % _PARTS].append(content)
         several = [part for part in parts if len(set(part)) < len(part)]
         return {content for part in several for content, count in Counter(part).items() if count > 1}
-
-
-def rules(config: ModelConfig, label_config: LabelConfig) -> str:
-    """Digest of all that rows depend on, the format aside; of the whole config.yaml, so that nothing can be forgotten."""
-    return hashlib.sha256(msgspec.json.encode((config, label_config))).hexdigest()
 
 
 def freeze(
