@@ -133,6 +133,7 @@ def test_of_two_at_the_same_time_the_order_of_tasks_does_not_decide() -> None:
         (annotated_task(1, "ten"), "the class 'ten' is not in config.yaml"),
         (annotated_task(1, meta={}), "not made by labelloop"),
         (annotated_task(1, meta={"sha256": "short"}), "not made by labelloop"),
+        (msgspec.structs.replace(annotated_task(1), meta=None), "not made by labelloop"),
         (msgspec.structs.replace(annotated_task(1), data={"text": "x"}), "no image under 'image'"),
         (msgspec.structs.replace(annotated_task(1), data={"image": None}), "no image under 'image'"),
     ],

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, TiffImagePlugin, TiffTags
 
 from labelloop import imaging
 from labelloop.errors import ImageError
+from labelloop.image_headers import kept_aside
 from tests.examples import encoded, png_chunk
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -247,14 +248,29 @@ def one_by_one(jpeg: bytes) -> bytes:
     return jpeg[:place] + b"\1" + jpeg[place + 1 :]
 
 
-def webp_header(width: int, height: int) -> bytes:
-    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + bytes(8)
+def webp_header(kind: bytes, width: int, height: int) -> bytes:
+    """A WebP file (extended, lossless or lossy) that claims a size and has no data."""
+    size = {
+        b"VP8X": bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"),
+        b"VP8L": b"\x2f" + (width - 1 | height - 1 << 14).to_bytes(4, "little"),
+        b"VP8 ": b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height),
+    }
+    return b"RIFF" + struct.pack("<I", 30) + b"WEBP" + kind + struct.pack("<I", 10) + size[kind] + bytes(8)
+
+
+def behind_start(jpeg: bytes, more: bytes) -> bytes:
+    return jpeg[:2] + more + jpeg[2:]
+
+
+def segment(code: int, content: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", 2 + len(content)) + content
 
 
 SMALL_JPEG = encoded(quarters(), "JPEG")
 SMALL_444 = encoded(quarters(), "JPEG", subsampling=0)
 PROGRESSIVE = encoded(quarters(), "JPEG", progressive=True, subsampling=0)
+HUGE = claiming(PROGRESSIVE, 8_000, 6_000)
+COMPONENTS = PROGRESSIVE.index(b"\xff\xc2") + 9  # where it says how many it has
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
     "text": (b"these are no pixels", "not an image"),
@@ -269,9 +285,15 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "more memory than an image is given": (png_header(8_000, 9_000), "decoding takes [0-9]+ MB; at most 208 MB"),
     "a line": (png_header(70_000, 1), "70000 pixels long; at most 65535"),
     "a JPEG that claims too much": (claiming(SMALL_JPEG, 10_000, 10_000), "megapixels"),
-    "a progressive JPEG that claims too much": (claiming(PROGRESSIVE, 8_000, 6_000), "decoding takes [0-9]+ MB"),
+    "a progressive JPEG that claims too much": (HUGE, "decoding takes [0-9]+ MB"),
+    "the same behind a marker without a length": (behind_start(HUGE, b"\xff\xd0"), "decoding takes [0-9]+ MB"),
+    "the same with a small JPEG in a segment": (behind_start(HUGE, segment(0xE5, SMALL_JPEG)), "decoding takes [0-9]+ MB"),
+    "a progressive JPEG of no colours": (PROGRESSIVE[:COMPONENTS] + b"\0" + PROGRESSIVE[COMPONENTS + 1 :], "not an image"),
     "a JPEG whose colours come one after the other": (one_by_one(claiming(SMALL_444, 8_000, 6_000)), "decoding takes [0-9]+ MB"),
-    "a WebP that claims too much": (webp_header(16_000, 16_000), "256 megapixels"),
+    "an extended WebP that claims too much": (webp_header(b"VP8X", 16_000, 15_000), "240 megapixels"),
+    "a lossless WebP that claims too much": (webp_header(b"VP8L", 16_000, 15_000), "240 megapixels"),
+    "a lossy WebP that claims too much": (webp_header(b"VP8 ", 16_000, 15_000), "240 megapixels"),
+    "the first bytes of a WebP": (webp_header(b"VP8 ", 64, 48)[:20], "cannot be read|not an image"),
     "a JPEG cut off": (FORMATS["JPEG"][:-200], "broken|cannot be read"),
     "a PNG cut off": (FORMATS["PNG"][:80], "broken|cannot be read"),
     "a PNG cut off in its pixels": (encoded(quarters((400, 400)).effect_spread(50), "PNG")[:-1000], "^is broken"),
@@ -305,14 +327,6 @@ def test_a_compressed_text_bomb_in_a_png_is_refused() -> None:
     bomb = b"Comment\0\0" + zlib.compress(bytes(80_000_000), 9)
     with pytest.raises(ImageError):
         imaging.inspect(with_chunk(FORMATS["PNG"], b"zTXt", bomb))
-
-
-def behind_start(jpeg: bytes, more: bytes) -> bytes:
-    return jpeg[:2] + more + jpeg[2:]
-
-
-def segment(code: int, content: bytes) -> bytes:
-    return bytes([0xFF, code]) + struct.pack(">H", 2 + len(content)) + content
 
 
 def of_many_scans(scans: int) -> bytes:
@@ -365,6 +379,14 @@ def test_what_would_take_long_is_refused(data: bytes, message: str) -> None:
         imaging.decode(data, width=16, height=16, mode="RGB")
 
 
+@pytest.mark.parametrize(("mode", "subsampling", "each"), [("L", 0, 2), ("RGB", 0, 6), ("RGB", 1, 4), ("RGB", 2, 3)])
+def test_a_progressive_jpeg_keeps_its_coefficients(mode: str, subsampling: int, each: int) -> None:
+    """Two bytes for each, of colours as often as they are sampled; a baseline one decodes row by row."""
+    image = quarters().convert(mode)
+    assert kept_aside(encoded(image, "JPEG", progressive=True, subsampling=subsampling)) == each * 64 * 48
+    assert kept_aside(encoded(image, "JPEG", subsampling=subsampling)) == 0
+
+
 def test_a_picture_that_is_whole_after_its_first_scan_has_no_others_read() -> None:
     """Each of them would cost what the picture costs; so they need no counting."""
     scan = SMALL_JPEG[SMALL_JPEG.index(b"\xff\xda") : -2]
@@ -381,8 +403,11 @@ def test_scans_hidden_behind_a_false_end_are_counted() -> None:
 
 
 def test_files_below_those_limits_are_read() -> None:
-    rows = FORMATS["PNG"]
+    rows, depth = FORMATS["PNG"], segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(60_000))
     photos = [Image.new("RGB", (32, 32), (value, value, value)) for value in range(0, 250, 2)]
+    layers = TiffImagePlugin.ImageFileDirectory_v2()
+    layers[700], layers[37724] = bytes(1_200_000), bytes(1_200_000)
+    layers.tagtype.update({700: TiffTags.BYTE, 37724: TiffTags.UNDEFINED})
     for data in (
         rows[:33] + png_chunk(b"teSt", b"") * 5_000 + rows[33:],
         with_comments(FORMATS["GIF"], 5_000),
@@ -390,7 +415,10 @@ def test_files_below_those_limits_are_read() -> None:
         behind_start(SMALL_JPEG, segment(0xE5, bytes(10)) * 500),
         of_many_scans(20),
         behind_start(SMALL_JPEG, segment(0xE5, b"\xff\xda" * 500)),
+        behind_start(SMALL_JPEG, depth * 20),
+        encoded(quarters(), "TIFF", tiffinfo=layers),
         encoded(photos[0], "MPO", save_all=True, append_images=photos[1:]),
+        encoded(photos[0], "MPO", save_all=True, append_images=photos[1:], progressive=True),
     ):
         assert imaging.inspect(data).width > 0
 

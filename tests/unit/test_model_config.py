@@ -99,6 +99,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "no YAML": ("name: [digits", "", "is not valid YAML"),
     "braces without quotes": ("label_studio: {title: {{ project }}}", "", "a mapping or a list cannot be a key"),
     "key twice": (GOOD + "\nname: digits\n", "", "the key 'name' stands twice"),
+    "key twice, as JSON": ('{"name": "pets", "name": "digits"}', "", "the key 'name' stands twice"),
     "nested key twice": (
         GOOD.replace("hyperparameters:\n", "hyperparameters:\n  epochs: 1\n"),
         "",
@@ -173,8 +174,10 @@ WRONG_TEMPLATES = {
         "toName",
     ),
     "no task key": (f'<View><Image name="image" value="image.png"/>{CHOICES}</View>', "does not name a task key"),
+    "no value": (f'<View><Image name="image"/>{CHOICES}</View>', "does not name a task key"),
     "no control name": (f"<View>{IMAGE}{CHOICES.replace('name=', 'title=', 1)}</View>", "<Choices> has no name"),
     "choice twice": (f"<View>{IMAGE}{CHOICES.replace('"1"', '"0"')}</View>", "a value of its own"),
+    "a choice without a value": (f"<View>{IMAGE}{CHOICES.replace('value="1"', '')}</View>", "a value of its own"),
 }
 
 

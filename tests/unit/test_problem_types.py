@@ -114,6 +114,13 @@ def test_what_a_renamed_control_tag_said_is_not_nothing(name: ProblemTypeName, r
         problem_types.of(name).annotated(annotation, renamed)
 
 
+def test_a_rectangle_of_which_no_turn_is_told_is_upright() -> None:
+    """As annotations are that somebody imports."""
+    imported = rectangle()
+    del imported["value"]["rotation"]
+    assert said("detection", annotation_of(imported)) == said("detection", annotation_of(rectangle()))
+
+
 def test_a_full_turn_is_upright_and_other_tags_do_not_count() -> None:
     keypoint = {"from_name": "point", "type": "keypointlabels", "value": {"x": 1, "y": 1, "keypointlabels": ["cat"]}}
     assert len(said("detection", annotation_of(rectangle(rotation=360), keypoint))) == 1

@@ -174,8 +174,10 @@ def test_an_answer_leaves_the_tab_at_once_and_settles_the_case_for_good(
     again = suspect(5, 0.001), suspect(3, 0.03)
     assert offer(folder, ledger, label_studio, *again, version=2) == 2
     assert label_studio.listed() == [2, 3]
-    assert {case.task: case.settled_at is None for case in ledger.review_cases("digits", PROJECT)} == {5: False, 2: True, 3: True}
+    cases = ledger.review_cases("digits", PROJECT)
+    assert {case.task: case.settled_at is None for case in cases} == {5: False, 2: True, 3: True}
     assert offer(folder, ledger, label_studio, *again, version=3) == 2
+    assert ledger.review_cases("digits", PROJECT) == cases, "when it was settled is noted once"
     assert {stored.task for stored in label_studio.predictions.values()} == {2, 3}
 
 

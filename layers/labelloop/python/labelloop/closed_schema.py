@@ -16,10 +16,10 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def convert[T: Section](plain: Any, section: type[T], *, where: str, inside: str = "") -> T:
     """What YAML or JSON said as `section`. `where` names the file in errors, `inside` the key under which it stands there."""
-    if plain is None and not inside:
+    if plain is None:
         raise ConfigError(where, "is empty")
     try:
-        return msgspec.convert(plain, section, strict=True)
+        return msgspec.convert(plain, section)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         key = ".".join(filter(None, (inside, path.strip("`."))))
@@ -32,7 +32,7 @@ def _with_remedy(message: str, section: type[Section]) -> str:
         import difflib
 
         parts = msgspec.json.schema(section)["$defs"].values()
-        known = {name for part in parts for name in part.get("properties", ())}
+        known = {name for part in parts for name in part["properties"]}
         near = difflib.get_close_matches(unknown[1], sorted(known), n=1)
         return f"unknown key {unknown[1]!r}; " + (f"did you mean {near[0]!r}?" if near else "remove it")
     missing = re.search(r"missing required field `([^`]+)`", message)

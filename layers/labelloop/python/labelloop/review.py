@@ -24,7 +24,6 @@ from labelloop.model_config import ModelFolder
 from labelloop.records import ReviewCase, Suspect, now
 
 _TITLE = re.compile(r"Review \(\d+\)")
-_SAME = 1e-6  # scores that differ less are one
 _HIDDEN = [  # columns that say nothing of a case
     "inner_id", "completed_at", "total_annotations", "cancelled_annotations", "total_predictions", "annotations_results",
     "annotations_ids", "predictions_score", "predictions_model_versions", "predictions_results", "file_upload",
@@ -164,7 +163,7 @@ def _write_in_order(
     latest, in_order = "", True
     for case, size in ((shown.case, shown.size) for shown in cases):
         changed_at, stored = there.get(case.task, ("", None))
-        in_order = in_order and stored is not None and changed_at > latest and _is_score(stored.score, 1 - case.quality)
+        in_order = in_order and changed_at > latest
         latest = changed_at
         if in_order:
             continue
@@ -174,10 +173,6 @@ def _write_in_order(
             label_studio.add_prediction(project, case.task, prediction, None)
         else:
             label_studio.change_prediction(project, stored, prediction, None)
-
-
-def _is_score(score: float | None, wanted: float) -> bool:
-    return score is not None and abs(score - wanted) < _SAME
 
 
 def _tab(count: int, by: str, last: str) -> dict[str, Any]:

@@ -77,8 +77,6 @@ class KnownPasswords:
             read_at, passwords = self._clock(), self._read(model)
             if passwords:
                 self._known[model] = (read_at, passwords)
-            else:
-                self._known.pop(model, None)
         return passwords
 
 

@@ -22,7 +22,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = self.construct_object(key_node)
             if not isinstance(key, Hashable):
                 text = "a mapping or a list cannot be a key; what has braces or brackets wants quotes"
                 raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
