@@ -331,7 +331,8 @@ def test_an_index_that_is_not_what_is_there_is_read_again(loop: Loop, monkeypatc
 
 def test_another_config_reads_the_same_annotations_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at_100(loop, monkeypatch)
-    monkeypatch.setattr("labelloop.snapshot_index.rules", lambda *_: "another config")
+    for module in ("retrain", "snapshot_index"):
+        monkeypatch.setattr(f"labelloop.{module}.config_digest", lambda *_: "another config")
     loop.look()
     assert "annotated_tasks" in loop.label_studio.asked
 

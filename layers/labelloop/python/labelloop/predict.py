@@ -425,13 +425,12 @@ def _examine(onnx: Model, folder: ModelFolder, task: PredictTask, data: bytes, c
     if regions is None:
         regions = problem_type.chosen(candidates, onnx.card)
     # The tool may name any class, and a version one that is offered no more: an editor would submit it unseen.
-    known = set(onnx.card.classes) & set(folder.config.classes)
-    regions = [region for region in regions if region.label in known]
-    result = problem_type.result(regions, folder.label_config, size)
-    certainty = problem_type.certainty(candidates, onnx.card)
+    known = [region for region in regions if region.label in onnx.card.classes and region.label in folder.config.classes]
+    result = problem_type.result(known, folder.label_config, size)
+    certainty = problem_type.certainty(candidates, onnx.card) if len(known) == len(regions) else 0.0  # it cannot say what it sees
     group = task.group or hashlib.sha256(data).hexdigest()
     place = active_learning.place(folder.config, onnx.card, group, certainty, embedding)
-    return Predicted(regions, result, certainty, place, embedding)
+    return Predicted(known, result, certainty, place, embedding)
 
 
 def _entries(
