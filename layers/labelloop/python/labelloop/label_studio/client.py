@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import msgspec
 import urllib3
 
-from labelloop.errors import LabelStudioError, TooLargeError
+from labelloop.errors import LabelStudioError, NotSetUpError, TooLargeError
 from labelloop.label_studio.payloads import AnnotatedTask, Prediction, PredictTask
 from labelloop.settings import Settings
 
@@ -122,7 +122,8 @@ class StoredTask:
 
 
 class LabelStudioClient:
-    """One Label Studio. `token` is a legacy token or a personal access token. Methods raise `LabelStudioError`."""
+    """One Label Studio. `token` is a legacy token or a personal access token. Methods raise `LabelStudioError`; `NotSetUpError`
+    where the project was deleted."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
@@ -431,9 +432,8 @@ class LabelStudioClient:
         except LabelStudioError as error:
             if project is None or error.status != HTTPStatus.NOT_FOUND:
                 raise
-            raise LabelStudioError(
-                f"Label Studio has no project {project} any more (404); labelloop setup-label-studio-project MODEL makes another",
-                status=error.status,
+            raise NotSetUpError(
+                f"Label Studio has no project {project} any more (404); labelloop setup-label-studio-project MODEL makes another"
             ) from error
 
     def _send(
