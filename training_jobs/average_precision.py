@@ -78,15 +78,9 @@ def _average_precision(found: _Found, weights: Floats) -> Floats:
     hits, boxes = np.cumsum(drawn * found.hit, axis=1), np.cumsum(drawn, axis=1)
     precision = np.divide(hits, boxes, out=np.zeros_like(hits), where=boxes > 0)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    read = np.take_along_axis(np.pad(best, ((0, 0), (0, 1))), _first_with(hits, _least_hits(truth)), axis=1)
+    least = np.ceil(_RECALLS * truth[:, np.newaxis])  # hits that reach each recall; exact, as these have 24 bits
+    read = np.take_along_axis(np.pad(best, ((0, 0), (0, 1))), _first_with(hits, least), axis=1)
     return np.where(truth > 0, read.sum(axis=1) / len(_RECALLS), np.nan)
-
-
-def _least_hits(truth: Floats) -> Floats:
-    """The fewest hits that reach each of `_RECALLS`, `[B, recalls]`; as the division has it, not what is right on paper."""
-    whole = np.maximum(truth, 1)[:, np.newaxis]
-    about = np.ceil(_RECALLS * whole)
-    return np.where((about - 1) / whole >= _RECALLS, about - 1, np.where(about / whole < _RECALLS, about + 1, about))
 
 
 def _first_with(hits: Floats, least: Floats) -> NDArray[np.int64]:

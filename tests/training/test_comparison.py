@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import pytest
+from scipy.stats import t
 from torchmetrics.detection import MeanAveragePrecision
 
 from labelloop import proportions
@@ -133,7 +134,15 @@ def test_without_a_class_or_an_image_in_common_there_is_no_comparison(
 
 @pytest.mark.parametrize(
     ("won", "lost", "images", "needed"),
-    [(0, 0, 20, 133), (0, 0, 133, None), (9, 0, 100, None), (5, 5, 100, 677), (2, 4, 100, 403)],
+    [
+        (0, 0, 20, 133),
+        (0, 0, 133, None),
+        (9, 0, 100, None),
+        (0, 9, 100, None),
+        (5, 5, 100, 677),
+        (2, 4, 100, 403),
+        (10, 11, 300, 700),  # sooner surely within the margin than surely worse
+    ],
 )
 def test_how_many_images_would_decide(won: int, lost: int, images: int, needed: int | None) -> None:
     found = paired.needed(proportions.proportion(won, lost, images, 0.95), images, margin=0.02, confidence=0.95)
@@ -207,6 +216,14 @@ def test_average_precision_is_torchmetrics_on_any_resample(seed: int) -> None:
         assert each == pytest.approx(expected["map_per_class"].tolist(), abs=1e-6)
 
 
+def test_of_an_images_boxes_of_a_class_the_hundred_best_count() -> None:
+    """As in COCO's evaluation: what comes after them is not found."""
+    right = Region(label="a", box=(0.1, 0.1, 0.5, 0.5), score=0.1)
+    wrong = Region(label="a", box=(0.6, 0.6, 0.7, 0.7), score=0.9)
+    means = [AveragePrecision([[right]], [[wrong] * before + [right]], ["a"])(np.ones((1, 1)))[0, 0] for before in (99, 100)]
+    assert means == [pytest.approx(0.01), 0]
+
+
 def test_a_class_that_a_resample_does_not_show_does_not_count() -> None:
     truth = [boxes(np.random.default_rng(1), 1), []]
     weights = np.array([[1.0, 1], [0, 1]])
@@ -226,6 +243,18 @@ def test_detectors_are_compared_by_their_average_precision() -> None:
     assert found.difference.low > 0
     assert set(found.per_class) == set(ABC)
     assert found.needed is None
+
+
+def test_no_number_of_images_decides_between_equals_without_a_margin() -> None:
+    assert paired.needed(proportions.proportion(2, 2, 50, 0.95), 50, margin=0, confidence=0.95) is None
+
+
+def test_the_interval_of_a_models_own_metric_is_that_of_a_mean_where_it_is_one() -> None:
+    """By Student's t; the metric is the first of the figures."""
+    right = np.tile([0.0, 1.0], 50)
+    found = paired.resampled(lambda weights: np.column_stack([weights @ right / 100, np.ones(len(weights))]), 100, 0.95)
+    apart = t.ppf(0.975, 99) * right.std(ddof=1) / 10
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - apart, 0.5 + apart), abs=0.015)
 
 
 @pytest.mark.parametrize("kind", ["multilabel", "detection"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 from unittest.mock import Mock
 
 import boto3
@@ -91,11 +91,13 @@ class Stage:
         self.start(started)
         self.answer(Outcome(started.job_name, "asked for"))
 
-    def end(self, ended: Job, failure: str | None = None) -> None:
+    def end(
+        self, ended: Job, failure: str | None = None, status: Literal["completed", "failed", "stopped"] = "completed"
+    ) -> None:
         head = self.ledger.head("digits")
         trained = Trained(digest=ended.digest, n_annotations=ended.n_annotations, job_name=ended.job_name, ended_at=now())
         after = head if failure else msgspec.structs.replace(head, trained=trained)
-        training = Training(job=ended, status="failed" if failure else "completed", ended_at=now(), failure=failure)
+        training = Training(job=ended, status=status, ended_at=now(), failure=failure)
         self.ledger.finish(head, after, training)
 
     def judge(self, judged: Job, version: int = 1) -> None:
@@ -178,13 +180,16 @@ def test_a_request_that_was_remembered_for_nothing_ends(stage: Stage) -> None:
     assert stage.retrain().state == "nothing new"
 
 
-def test_a_training_that_fails_is_an_error_with_its_reason(stage: Stage) -> None:
+@pytest.mark.parametrize("status", ["failed", "stopped"])
+def test_a_training_that_ends_without_a_model_is_an_error_with_its_reason(
+    stage: Stage, status: Literal["failed", "stopped"]
+) -> None:
     first = job(1)
     stage.meanwhile = [
         lambda: stage.begin(first),
-        lambda: stage.end(first, "no GPU left"),
+        lambda: stage.end(first, "no GPU left", status),
     ]
-    with pytest.raises(TrainingServiceError, match="job-1 failed: no GPU left"):
+    with pytest.raises(TrainingServiceError, match=f"job-1 {status}: no GPU left"):
         stage.retrain()
 
 

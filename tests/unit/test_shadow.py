@@ -252,6 +252,9 @@ def test_answers_are_looked_at_when_their_number_has_doubled() -> None:
     assert verdict == "keep"
     assert compared is not None
     assert compared.difference == proportions.proportion(0, 23, 40, 1 - 0.05 / 4)
+    _, _, at_80 = judge_live(RUN, outcomes(both=80))
+    assert at_80 is not None
+    assert at_80.difference == proportions.proportion(0, 0, 80, 1 - 0.05 / 8)
 
 
 # The gate

@@ -198,9 +198,15 @@ def test_a_csv_whose_columns_are_no_label_is_noted(here: Path) -> None:
 
 
 def test_several_classes_stand_in_one_cell(here: Path) -> None:
-    write("sets/1.png", "sets/2.png")
-    sources = gather([table("image,label\n1.png,red | small|red\n2.png,\n")], TAGS)
-    assert [source.labels for source in sources.images.values()] == [("red", "small"), None]
+    write("sets/1.png", "sets/2.png", "sets/3.png")
+    sources = gather([table("image,label\n1.png,red | small|red|\n2.png,\n3.png,|\n")], TAGS)
+    assert [source.labels for source in sources.images.values()] == [("red", "small"), None, None]
+
+
+def test_where_an_image_has_one_class_its_name_may_hold_what_separates_several(here: Path) -> None:
+    write("sets/1.png")
+    sources = gather([table("image,label\n1.png,up|down\n")], of_type("classification", ["up|down", "left|right"]))
+    assert [source.labels for source in sources.images.values()] == [("up|down",)]
 
 
 def test_a_row_of_more_cells_than_the_header_is_refused(here: Path) -> None:
