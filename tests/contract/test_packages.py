@@ -23,7 +23,7 @@ from infra_cdk.dependency_build import LAMBDA_PLATFORM, DependencyBuild, host_pl
 from infra_cdk.sources import FUNCTIONS, LAYERS, LIBRARY, ROOT
 from labelloop.artifacts import Bucket, Champions, onnx_key, s3_uri
 from labelloop.imaging import FORMATS
-from labelloop.model_config import ModelConfigs
+from labelloop.model_config import ModelConfigs, config_digest
 from local.environment import aws_environment
 from tests import examples
 from tests.recording_server import Answer, Request, serving
@@ -148,6 +148,8 @@ def test_the_layer_of_configs_says_what_the_repository_does() -> None:
         for name in packed.names:
             assert packed[name].config == examples.CONFIGS[name].config
             assert packed[name].label_config == examples.CONFIGS[name].label_config
+            digests = {config_digest(models[name].config, models[name].label_config) for models in (packed, examples.CONFIGS)}
+            assert len(digests) == 1, "else everything would be said to run with another config"
 
 
 def test_layers_hold_the_versions_that_are_tested_here() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -124,6 +125,13 @@ def test_defaults_fill_what_may_be_left_out() -> None:
     assert (config.splits.test, config.splits.validation, config.serving.memory_mb) == (0.2, 0.1, 1769)
     assert config.serving.int8 == "auto"
     assert config.images_prefix == "images/digits/"
+
+
+def test_a_config_is_the_same_to_the_letter_after_it_has_been_json() -> None:
+    """As functions read it: a default of another type than its key's would have another digest there."""
+    config = changed(retrain={"at": [60], "factor": 10}, splits=None, serving=None, auto_accept={"precision": 0.99})
+    text = msgspec.json.encode(model_config.parse(config, where="f")).decode()
+    assert msgspec.json.encode(model_config.parse(text, where="f")).decode() == text
 
 
 def test_the_schema_for_editors_knows_every_section() -> None:

@@ -128,10 +128,10 @@ class Retrain(Section, frozen=True, kw_only=True):
         float,
         Meta(gt=1, le=1000, description="after the last of them: train when the annotations have grown by this factor since"),
     ] = 2.0
-    cooldown_minutes: Annotated[float, Minutes, Meta(description="least time between two trainings")] = 0
+    cooldown_minutes: Annotated[float, Minutes, Meta(description="least time between two trainings")] = 0.0
     failure_backoff_minutes: Annotated[
         float, Minutes, Meta(description="wait after a failed training; doubles with each further failure")
-    ] = 10
+    ] = 10.0
 
     def __post_init__(self) -> None:
         if any(later <= earlier for earlier, later in zip(self.at, self.at[1:], strict=False)):
@@ -412,7 +412,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def config_digest(config: ModelConfig, label_config: LabelConfig) -> str:
-    """SHA-256 of all that config.yaml says, and that functions read of labeling_template.xml."""
+    """SHA-256 of all that config.yaml says, be it YAML or JSON, and that functions read of labeling_template.xml."""
     return hashlib.sha256(msgspec.json.encode((config, label_config))).hexdigest()
 
 
