@@ -127,7 +127,7 @@ def _demand_that_only_the_champion_is_seen(
     for task, result in zip(tasks, answer["results"], strict=True):
         assert result["result"][0]["value"]["choices"] == [pairs[task.id].champion_says[0].label]
     versions = ciphers.http.request("GET", f"{ciphers.backend.url}/versions", headers=headers).json()
-    assert versions == {"versions": [f"{MODEL} v1"]}
+    assert versions["versions"] == [f"{MODEL} v1"]
     assert ciphers.deployment.label_studio.model_version(ciphers.project) == f"{MODEL} v1"
 
 
