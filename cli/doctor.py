@@ -82,7 +82,7 @@ class _Examination:
         self._check("ML backend", self._backend, "project")
         self._check("health", self._health)
         self._check("setup", self._setup, "health")
-        self._check("config", self._config, "health")
+        self._check("config", self._config, "setup")
         self._check("door", self._door, "health")
         self._check("sign-in", self._sign_in, "ML backend", "setup")
         self._check("CORS", self._cors)
