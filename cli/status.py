@@ -409,7 +409,7 @@ def _of_the_trainings(status: Status) -> Iterator[_Fact]:
         yield "last training", timing.text, ""
     for reason, count in status.left_out.items():
         yield "left out", f"{count:,} of the annotated tasks ({reason})", ""
-    for failed in status.failures[: -_FAILURES - 1 : -1]:
+    for failed in reversed(status.failures[-_FAILURES:]):
         still = status.last_failure is not None and status.last_failure.job_name == failed.job_name  # none has gone well since
         yield "failed", f"{failed.job_name}, {moment(failed.ended_at or '?')}: {failed.reason}", "red" if still else ""
     for problem in status.problems:

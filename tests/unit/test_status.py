@@ -52,7 +52,6 @@ class LabelStudio:
     down: bool = False
     asked: list[str] = field(default_factory=list)
     hooks: list[Webhook] = field(default_factory=lambda: [Webhook(1, "http://api/digits/webhook", is_active=True, actions=[])])
-
     backend: dict[str, Any] = field(default_factory=lambda: {"url": "http://api/digits", "state": "CO"})
 
     def webhooks(self, project: int) -> list[Webhook]:
